@@ -1,0 +1,171 @@
+use std::collections::VecDeque;
+
+use crate::batch::VolumeDecl;
+use crate::keys::AnswerKey;
+use crate::message::{Answers, Hello, Lease, RefuseCode, SourceMessage, TargetMessage, Welcome};
+use crate::{BatchNo, ChainHash, Error, Incarnation, Result, VaultId, WallTime};
+
+/// Target half of one replication session. Performs no I/O.
+///
+/// Order: [`Self::handle_control`] yields [`TargetEvent::Hello`]; the target checks it and calls [`Self::welcome`] or
+/// [`Self::refuse`]; then batches may come. [`Self::poll_control`] is drained after every call.
+pub struct TargetSession {
+    vault: VaultId,
+    state: State,
+    nonce: [u8; 32],
+    counter: u64,
+    answer_key: Option<AnswerKey>,
+    outbox: VecDeque<Vec<u8>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum State {
+    Fresh,
+    Greeted,
+    Live,
+    Ended,
+}
+
+/// What the source said.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum TargetEvent {
+    /// Who it is and which stream it brings.
+    Hello(Box<Hello>),
+    /// Its volumes changed.
+    Volumes(Vec<VolumeDecl>),
+    /// It stops on purpose.
+    Bye,
+}
+
+impl TargetSession {
+    /// A session of a connection that has just come up.
+    #[must_use]
+    pub fn new(vault: VaultId) -> Self {
+        Self { vault, state: State::Fresh, nonce: [0; 32], counter: 0, answer_key: None, outbox: VecDeque::new() }
+    }
+
+    /// A message arrived. `host_key` gives the answer key of a host by its name, for the greeting.
+    ///
+    /// # Errors
+    /// Malformed bytes or a message that does not fit the state. The caller refuses and closes.
+    pub fn handle_control(
+        &mut self,
+        bytes: &[u8],
+        answer_key: impl FnOnce(&Hello) -> AnswerKey,
+    ) -> Result<Option<TargetEvent>> {
+        match (self.state, SourceMessage::decode(bytes)?) {
+            (State::Fresh, SourceMessage::Hello(hello)) => {
+                self.nonce = hello.nonce;
+                self.answer_key = Some(answer_key(&hello));
+                self.state = State::Greeted;
+                if hello.vault != self.vault {
+                    self.refuse(
+                        RefuseCode::Vault,
+                        format!("this target serves vault {}, not {}", self.vault, hello.vault),
+                    );
+                    return Ok(None);
+                }
+                Ok(Some(TargetEvent::Hello(Box::new(hello))))
+            }
+            (State::Greeted | State::Live, SourceMessage::Volumes(volumes)) => Ok(Some(TargetEvent::Volumes(volumes))),
+            (State::Live, SourceMessage::Ping(ping)) => {
+                self.say(&TargetMessage::Pong(ping));
+                Ok(None)
+            }
+            (State::Greeted | State::Live, SourceMessage::Bye) => Ok(Some(TargetEvent::Bye)),
+            (State::Ended, _) => Ok(None),
+            (state, message) => Err(Error::Unexpected {
+                got: match message {
+                    SourceMessage::Hello(_) => "hello",
+                    SourceMessage::Volumes(_) => "volumes",
+                    SourceMessage::Ping(_) => "ping",
+                    SourceMessage::Bye => "bye",
+                },
+                state: match state {
+                    State::Fresh => "waiting for the greeting",
+                    State::Greeted => "checking the greeting",
+                    State::Live => "live",
+                    State::Ended => "ended",
+                },
+            }),
+        }
+    }
+
+    /// Accepts the stream.
+    pub fn welcome(&mut self, welcome: Welcome) {
+        if self.state == State::Greeted {
+            self.state = State::Live;
+            self.say(&TargetMessage::Welcome(welcome));
+        }
+    }
+
+    /// Refuses the stream; nothing more will be said.
+    pub fn refuse(&mut self, code: RefuseCode, detail: String) {
+        if self.state != State::Ended {
+            self.say(&TargetMessage::Refused { code, detail });
+            self.state = State::Ended;
+        }
+    }
+
+    /// Batches up to this one are journaled.
+    pub fn durable(&mut self, incarnation: Incarnation, number: BatchNo, chain: ChainHash, received: WallTime) {
+        self.say_live(&TargetMessage::Durable { incarnation, number, chain, received });
+    }
+
+    /// Results of one batch's probes.
+    pub fn answer(&mut self, answers: Answers) {
+        self.say_live(&TargetMessage::Answers(answers));
+    }
+
+    /// Grants a lease.
+    pub fn lease(&mut self, lease: Lease) {
+        self.say_live(&TargetMessage::Lease(lease));
+    }
+
+    /// Takes no batches for now.
+    pub fn pause(&mut self, reason: String) {
+        self.say_live(&TargetMessage::Paused { reason });
+    }
+
+    /// Takes batches again.
+    pub fn resume(&mut self) {
+        self.say_live(&TargetMessage::Resumed);
+    }
+
+    /// Whether batches may come.
+    #[must_use]
+    pub fn is_live(&self) -> bool {
+        self.state == State::Live
+    }
+
+    /// Whether the session was refused.
+    #[must_use]
+    pub fn is_ended(&self) -> bool {
+        self.state == State::Ended
+    }
+
+    /// The next message to send.
+    #[must_use]
+    pub fn poll_control(&mut self) -> Option<Vec<u8>> {
+        self.outbox.pop_front()
+    }
+
+    fn say_live(&mut self, message: &TargetMessage) {
+        if self.state == State::Live {
+            self.say(message);
+        }
+    }
+
+    fn say(&mut self, message: &TargetMessage) {
+        let Some(key) = &self.answer_key else { return };
+        match message.seal(key, &self.nonce, self.counter) {
+            Ok(bytes) => {
+                self.counter += 1;
+                self.outbox.push_back(bytes);
+            }
+            // Every message has a bound on its parts that keeps it below the limit; were one longer, ending the session is
+            // safe: the source connects again and nothing was promised.
+            Err(_) => self.state = State::Ended,
+        }
+    }
+}
