@@ -1,0 +1,212 @@
+//! Goal: the real and the simulated file system behave the same as long as nothing fails. Method: one suite over both, and
+//! random calls against a map of byte vectors.
+
+use std::collections::BTreeMap;
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+
+use farshore_uring::sim::{SimRng, SimStorage};
+use farshore_uring::{DirStorage, OpenMode, Storage, StorageFile, replace_file};
+
+fn on_both(check: impl Fn(&dyn Fn() -> Kind) -> io::Result<()>) -> io::Result<()> {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let dir = DirStorage::open(folder.path())?;
+    check(&|| Kind::Dir(dir.clone()))?;
+    let sim = SimStorage::new(SimRng::new(1));
+    check(&|| Kind::Sim(sim.clone()))
+}
+
+enum Kind {
+    Dir(DirStorage),
+    Sim(SimStorage),
+}
+
+/// Runs a generic function on whichever it is.
+macro_rules! with {
+    ($make:expr, $storage:ident => $body:expr) => {
+        match $make() {
+            Kind::Dir($storage) => $body,
+            Kind::Sim($storage) => $body,
+        }
+    };
+}
+
+fn kind_of<T>(result: io::Result<T>) -> ErrorKind {
+    result.err().map_or(ErrorKind::Other, |error| error.kind())
+}
+
+#[test]
+fn names() -> io::Result<()> {
+    on_both(|make| with!(make, storage => check_names(&storage)))
+}
+
+fn check_names<S: Storage>(storage: &S) -> io::Result<()> {
+    let path = Path::new;
+    assert_eq!(storage.list(path(""))?, Vec::<PathBuf>::new());
+    assert_eq!(kind_of(storage.list(path("none"))), ErrorKind::NotFound);
+    assert_eq!(kind_of(storage.open(path("none"), OpenMode::ReadWrite)), ErrorKind::NotFound);
+    assert_eq!(kind_of(storage.open(path("none/file"), OpenMode::CreateNew)), ErrorKind::NotFound);
+    assert_eq!(kind_of(storage.sync_dir(path("none"))), ErrorKind::NotFound);
+    assert_eq!(kind_of(storage.remove(path("none"))), ErrorKind::NotFound);
+    assert_eq!(kind_of(storage.rename(path("none"), path("other"))), ErrorKind::NotFound);
+    for outside in ["/etc/passwd", "../x", "a/../../x"] {
+        assert_eq!(kind_of(storage.open(path(outside), OpenMode::Read)), ErrorKind::InvalidInput, "{outside}");
+    }
+
+    storage.create_dir_all(path("a/b/c"))?;
+    storage.create_dir_all(path("a/b"))?;
+    assert!(storage.exists(path("a/b/c"))? && storage.exists(path("a"))? && !storage.exists(path("a/c"))?);
+    for name in ["a/z", "a/m", "./a/k"] {
+        storage.open(path(name), OpenMode::CreateNew)?.write_at(name.as_bytes(), 0)?;
+    }
+    assert_eq!(kind_of(storage.open(path("a/z"), OpenMode::CreateNew)), ErrorKind::AlreadyExists);
+    assert_eq!(storage.list(path("a"))?, ["b", "k", "m", "z"].map(PathBuf::from));
+    storage.sync_dir(path("a"))?;
+
+    let replaced = storage.open(path("a/m"), OpenMode::Read)?;
+    storage.rename(path("a/z"), path("a/m"))?;
+    assert_eq!(storage.list(path("a"))?, ["b", "k", "m"].map(PathBuf::from));
+    let mut bytes = [0; 3];
+    storage.open(path("a/m"), OpenMode::Read)?.read_at(&mut bytes, 0)?;
+    assert_eq!(&bytes, b"a/z");
+    replaced.read_at(&mut bytes, 0)?;
+    assert_eq!(&bytes, b"a/m", "an open file outlives its name");
+    storage.rename(path("a/m"), path("a/b/c/moved"))?;
+    storage.rename(path("a/b"), path("d"))?;
+    assert_eq!(storage.list(path("d/c"))?, ["moved"].map(PathBuf::from));
+    storage.remove(path("d/c/moved"))?;
+    assert!(!storage.exists(path("d/c/moved"))?);
+
+    replace_file(storage, path("d/state"), b"one")?;
+    replace_file(storage, path("d/state"), b"two, longer")?;
+    replace_file(storage, path("d/state"), b"3")?;
+    let state = storage.open(path("d/state"), OpenMode::Read)?;
+    assert_eq!(state.len()?, 1);
+    assert_eq!(storage.list(path("d"))?, ["c", "state"].map(PathBuf::from));
+    assert!(storage.free_bytes()? > 0);
+    Ok(())
+}
+
+#[test]
+fn content() -> io::Result<()> {
+    on_both(|make| with!(make, storage => check_content(&storage)))
+}
+
+fn check_content<S: Storage>(storage: &S) -> io::Result<()> {
+    let file = storage.open(Path::new("file"), OpenMode::CreateNew)?;
+    assert!(file.is_empty()?);
+    assert_eq!((file.next_data(0)?, file.next_hole(0)?), (None, 0));
+    file.write_at(b"hello", 3)?;
+    assert_eq!(file.len()?, 8);
+    let mut bytes = [9; 8];
+    file.read_at(&mut bytes, 0)?;
+    assert_eq!(&bytes, b"\0\0\0hello");
+    assert_eq!(kind_of(file.read_at(&mut bytes, 1)), ErrorKind::UnexpectedEof);
+    file.write_sync_at(&[5; 4096], 1 << 20)?;
+    file.write_sync_at(b"", 0)?;
+    assert_eq!((file.next_hole(0)?, file.next_data(4096)?), (4096, Some(1 << 20)));
+    assert_eq!(file.next_hole(1 << 20)?, (1 << 20) + 4096);
+    assert_eq!((file.next_data(1 << 21)?, file.next_hole(1 << 21)?), (None, 1 << 21), "past the end");
+    file.punch_hole(1 << 20, 4096)?;
+    assert_eq!((file.len()?, file.next_data(4096)?), ((1 << 20) + 4096, None));
+    file.punch_hole(0, 4)?;
+    file.read_at(&mut bytes, 0)?;
+    assert_eq!(&bytes, b"\0\0\0\0ello");
+    file.set_len(5)?;
+    file.set_len(8)?;
+    file.read_at(&mut bytes, 0)?;
+    assert_eq!(&bytes, b"\0\0\0\0e\0\0\0");
+    file.reserve(0, 1 << 16)?;
+    assert_eq!(file.len()?, 8, "reserving keeps the length");
+    file.start_writeback(0, 8);
+    file.sync()?;
+    let reader = storage.open(Path::new("file"), OpenMode::Read)?;
+    assert!(reader.write_at(b"x", 0).is_err() && reader.set_len(0).is_err(), "opened for reading");
+    assert_eq!(reader.len()?, 8);
+    Ok(())
+}
+
+#[test]
+fn random_calls_match_a_model() -> io::Result<()> {
+    for seed in 0..5 {
+        on_both(|make| with!(make, storage => check_model(&storage, seed)))?;
+    }
+    Ok(())
+}
+
+fn check_model<S: Storage>(storage: &S, seed: u64) -> io::Result<()> {
+    let mut rng = SimRng::new(seed);
+    let mut model: BTreeMap<PathBuf, Vec<u8>> = BTreeMap::new();
+    for _ in 0..400 {
+        let name = PathBuf::from(format!("f{}", rng.below(6)));
+        let other = PathBuf::from(format!("f{}", rng.below(6)));
+        let known = model.contains_key(&name);
+        match rng.below(9) {
+            0 => assert_eq!(storage.open(&name, OpenMode::CreateNew).is_ok(), model.try_insert_new(&name)),
+            1 => assert_eq!(storage.remove(&name).is_ok(), model.remove(&name).is_some()),
+            2 => {
+                assert_eq!(storage.rename(&name, &other).is_ok(), known);
+                if let Some(content) = model.remove(&name) {
+                    model.insert(other, content);
+                }
+            }
+            3 => storage.sync_dir(Path::new(""))?,
+            _ if !known => assert!(!storage.exists(&name)?),
+            choice => {
+                let file = storage.open(&name, OpenMode::ReadWrite)?;
+                let content = model.get_mut(&name).expect("known");
+                change(&*file, content, choice, &mut rng)?;
+                let mut found = vec![0; content.len()];
+                file.read_at(&mut found, 0)?;
+                assert!(file.len()? == content.len() as u64 && found == *content, "seed {seed}");
+            }
+        }
+        assert!(storage.list(Path::new(""))?.iter().eq(model.keys()), "seed {seed}");
+    }
+    Ok(())
+}
+
+fn change<F: StorageFile>(file: &F, content: &mut Vec<u8>, choice: u64, rng: &mut SimRng) -> io::Result<()> {
+    let (offset, len) = (rng.index(20_000), rng.index(10_000));
+    match choice {
+        4 | 5 => {
+            let mut bytes = vec![0; len];
+            rng.fill(&mut bytes);
+            if choice == 4 {
+                file.write_at(&bytes, offset as u64)?
+            } else {
+                file.write_sync_at(&bytes, offset as u64)?
+            }
+            if len > 0 && content.len() < offset + len {
+                content.resize(offset + len, 0);
+            }
+            if len > 0 {
+                content[offset..offset + len].copy_from_slice(&bytes);
+            }
+        }
+        6 => {
+            file.set_len(offset as u64)?;
+            content.resize(offset, 0);
+        }
+        7 => {
+            file.punch_hole(offset as u64, len as u64)?;
+            let end = content.len();
+            content[offset.min(end)..(offset + len).min(end)].fill(0);
+        }
+        _ => file.sync()?,
+    }
+    Ok(())
+}
+
+/// `true`: it was not there.
+trait InsertNew {
+    fn try_insert_new(&mut self, path: &Path) -> bool;
+}
+
+impl InsertNew for BTreeMap<PathBuf, Vec<u8>> {
+    fn try_insert_new(&mut self, path: &Path) -> bool {
+        let new = !self.contains_key(path);
+        self.entry(path.to_owned()).or_default();
+        new
+    }
+}
