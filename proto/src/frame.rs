@@ -167,6 +167,8 @@ pub fn split(bytes: &[u8], plain_max: usize) -> Result<(FrameHeader, &[u8])> {
 pub struct Compressor {
     context: zstd::bulk::Compressor<'static>,
     level: i32,
+    /// Where compressed bytes are made. Keeps its length, so that it is cleared once and not for every frame.
+    packed: Vec<u8>,
 }
 
 impl Compressor {
@@ -176,7 +178,7 @@ impl Compressor {
     /// [`Error::Compression`] when zstd cannot allocate.
     pub fn new(level: i32) -> Result<Self> {
         let context = zstd::bulk::Compressor::new(level).map_err(compression_error)?;
-        Ok(Self { context, level })
+        Ok(Self { context, level, packed: Vec::new() })
     }
 
     /// Changes the level from the next frame on.
@@ -191,22 +193,18 @@ impl Compressor {
         Ok(())
     }
 
-    /// Appends the compressed `plain` to `out` if that is shorter, by at least a sixteenth, than `plain`.
-    fn compress(&mut self, plain: &[u8], out: &mut Vec<u8>) -> bool {
-        let start = out.len();
+    /// Replaces what lies in `bytes` from `start` by its compressed form if that is shorter by at least a sixteenth.
+    fn compress(&mut self, bytes: &mut Vec<u8>, start: usize) -> bool {
+        let plain = &bytes[start..];
         let room = plain.len() - plain.len() / 16;
-        out.resize(start + room, 0);
-        match self.context.compress_to_buffer(plain, &mut out[start..]) {
-            Ok(len) => {
-                out.truncate(start + len);
-                true
-            }
-            Err(_) => {
-                // Does not fit the room: not worth it.
-                out.truncate(start);
-                false
-            }
+        if self.packed.len() < room {
+            self.packed.resize(room, 0);
         }
+        // An error says that it does not fit the room: not worth it.
+        let Ok(len) = self.context.compress_to_buffer(plain, &mut self.packed[..room]) else { return false };
+        bytes.truncate(start);
+        bytes.extend_from_slice(&self.packed[..len]);
+        true
     }
 }
 
@@ -240,21 +238,35 @@ impl FrameKey {
         bind: impl FnOnce(usize) -> &'a [u8],
         out: &mut Vec<u8>,
     ) -> Result<()> {
+        let start = begin(out);
+        out.extend_from_slice(plain);
+        self.seal_begun(number, start, compressor, bind, out)
+    }
+
+    /// As [`Self::seal`], for content that was appended to `out` in pieces after [`begin`], which returned `start`: each byte is
+    /// copied once.
+    ///
+    /// # Errors
+    /// [`Error::TooLong`] when the content exceeds what a header can say.
+    pub fn seal_begun<'a>(
+        &self,
+        number: u32,
+        start: usize,
+        compressor: Option<&mut Compressor>,
+        bind: impl FnOnce(usize) -> &'a [u8],
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
         let limit = LIST_PLAIN_MAX as u64;
-        let plain_len = u32::try_from(plain.len())
+        let body = start + FRAME_HEADER_BYTES;
+        let plain_bytes = out.len() - body;
+        let plain_len = u32::try_from(plain_bytes)
             .ok()
             .filter(|len| u64::from(*len) <= limit)
-            .ok_or(Error::TooLong { what: WHAT, value: plain.len() as u64, limit })?;
-        let start = out.len();
-        out.resize(start + FRAME_HEADER_BYTES, 0);
-        let body = start + FRAME_HEADER_BYTES;
-        let compressed = compressor.is_some_and(|compressor| compressor.compress(plain, out));
-        if !compressed {
-            out.extend_from_slice(plain);
-        }
+            .ok_or(Error::TooLong { what: WHAT, value: plain_bytes as u64, limit })?;
+        let compressed = compressor.is_some_and(|compressor| compressor.compress(out, body));
         let sealed_len = u32::try_from(out.len() - body + TAG_BYTES).map_err(|_| Error::TooLong {
             what: WHAT,
-            value: plain.len() as u64,
+            value: plain_bytes as u64,
             limit,
         })?;
         let mut header = FrameHeader {
@@ -322,6 +334,14 @@ impl FrameKey {
             })
         }
     }
+}
+
+/// Makes room for a frame's header at the end of `out`; the content is appended behind it, then
+/// [`FrameKey::seal_begun`]. Returns where the frame starts.
+pub fn begin(out: &mut Vec<u8>) -> usize {
+    let start = out.len();
+    out.resize(start + FRAME_HEADER_BYTES, 0);
+    start
 }
 
 fn associated(header: &FrameHeader, bound: &[u8]) -> Vec<u8> {
@@ -478,6 +498,9 @@ mod tests {
         let (mut a, mut b) = (vec![5u8; 1000], vec![5u8; 1000]);
         let tag_a = cipher::fast::Cipher::new(&[3; 32]).seal(9, b"ad", &mut a);
         let tag_b = cipher::portable::Cipher::new(&[3; 32]).seal(9, b"ad", &mut b);
-        assert_eq!((a, tag_a), (b, tag_b));
+        assert_eq!((&a, tag_a), (&b, tag_b));
+        cipher::fast::Cipher::new(&[3; 32]).open(9, b"ad", &mut a, &tag_b).expect("the other's bytes");
+        cipher::portable::Cipher::new(&[3; 32]).open(9, b"ad", &mut b, &tag_a).expect("the other's bytes");
+        assert_eq!((&a, &b), (&vec![5u8; 1000], &vec![5u8; 1000]));
     }
 }

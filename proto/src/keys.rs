@@ -11,6 +11,7 @@
 
 use zeroize::Zeroizing;
 
+use crate::lanes::{self, LANES};
 use crate::{ChainHash, ChunkId, GroupId, HostId, Incarnation, KeyEpoch};
 
 const HOST_KEY: &str = "farshore 2026-11 host key v1";
@@ -127,6 +128,40 @@ impl DedupKey {
     pub fn chunk_id(&self, content: &[u8]) -> ChunkId {
         ChunkId(*blake3::keyed_hash(&self.0, content).as_bytes())
     }
+
+    /// The ids of many contents, handed to `give` with the content's index, in no certain order. Contents of 1, 2, 4 and 8 KiB are
+    /// hashed several at a time, at more than twice the speed of [`Self::chunk_id`].
+    pub fn chunk_ids<'a>(&self, contents: impl IntoIterator<Item = &'a [u8]>, mut give: impl FnMut(usize, ChunkId)) {
+        let platform = blake3::platform::Platform::detect();
+        let mut waiting = [(0, &[][..]); LANES];
+        let (mut count, mut len) = (0, 0);
+        let flush = |waiting: &[(usize, &[u8])], len, give: &mut dyn FnMut(usize, ChunkId)| {
+            let mut hashes = [[0; 32]; LANES];
+            let contents: [&[u8]; LANES] =
+                std::array::from_fn(|at| waiting.get(at).map_or(&[][..], |(_, bytes)| bytes));
+            let (contents, hashes) = (&contents[..waiting.len()], &mut hashes[..waiting.len()]);
+            lanes::keyed_hashes(platform, &self.0, contents, len, hashes);
+            for ((index, _), hash) in waiting.iter().zip(hashes) {
+                give(*index, ChunkId(*hash));
+            }
+        };
+        for (index, content) in contents.into_iter().enumerate() {
+            if !lanes::shares_lanes(content.len()) {
+                give(index, self.chunk_id(content));
+                continue;
+            }
+            if count == LANES || (count > 0 && content.len() != len) {
+                flush(&waiting[..count], len, &mut give);
+                count = 0;
+            }
+            len = content.len();
+            waiting[count] = (index, content);
+            count += 1;
+        }
+        if count > 0 {
+            flush(&waiting[..count], len, &mut give);
+        }
+    }
 }
 
 /// Authenticates answers from target to source, end to end.
@@ -147,5 +182,25 @@ impl AnswerKey {
     #[must_use]
     pub fn verify(&self, nonce: &[u8; 32], counter: u64, body: &[u8], mac: &[u8; 32]) -> bool {
         blake3::Hash::from_bytes(self.mac(nonce, counter, body)) == blake3::Hash::from_bytes(*mac)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_of_many_are_the_ids_of_each() {
+        let key = DedupKey(Zeroizing::new([5; 32]));
+        let bytes: Vec<u8> = (0..400_000_usize).map(|at| (at * at / 977).to_le_bytes()[0]).collect();
+        let lengths = [4096, 512, 4096, 8192, 8192, 1024, 65536, 0, 2048, 16384];
+        let contents: Vec<&[u8]> = (0..90)
+            .map(|at| &bytes[at * 3000..][..lengths[at * at % 10].min(if at < 40 { usize::MAX } else { 4096 })])
+            .collect();
+        let mut ids = vec![None; contents.len()];
+        key.chunk_ids(contents.iter().copied(), |index, id| assert!(ids[index].replace(id).is_none()));
+        for (content, id) in contents.iter().zip(ids) {
+            assert_eq!(id, Some(key.chunk_id(content)));
+        }
     }
 }
