@@ -1,0 +1,518 @@
+//! The streamer as a machine: no I/O, no clock, no threads.
+
+mod config;
+mod deliver;
+mod form;
+mod meter;
+mod resume;
+mod status;
+mod window;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use farshore_proto::batch::VolumeDecl;
+use farshore_proto::message::{Answers, RefuseCode, Welcome};
+use farshore_proto::session::{SourceEvent, SourceSession};
+use farshore_proto::{BatchNo, ChainHash, Generation, Incarnation, Name, Now, PointId, Position, WallTime};
+
+use crate::bucket::TokenBucket;
+use crate::coalesce::RecordSet;
+use crate::dedup::LeaseSet;
+use crate::drain::Drain;
+use crate::level::LevelControl;
+use crate::source::{RingSource, StreamState};
+use crate::{Error, Result, SealedBatch};
+
+pub use self::config::{Entropy, StreamerConfig};
+use self::meter::Meter;
+pub use self::status::{Phase, StreamStatus};
+use self::window::Slot;
+
+/// Makes batches of what a ring holds, keeps them until the target has them, and frees the ring then (and only then).
+///
+/// Inputs: [`Self::handle_link_up`], [`Self::handle_control`], [`Self::handle_sent`], [`Self::handle_unsent`],
+/// [`Self::handle_link_down`], [`Self::handle_done`], [`Self::handle_compared`], [`Self::handle_started_over`],
+/// [`Self::handle_timeout`] at [`Self::poll_deadline`].
+/// Outputs, drained after each input and after entries were published: [`Self::poll_work`], [`Self::poll_control`],
+/// [`Self::poll_batch`], [`Self::poll_drop`], [`Self::poll_event`].
+///
+/// Invariants:
+/// - `state.number < slots… < next`, without gaps; a slot's chain hash follows from its predecessor's and the ring alone.
+/// - What is freed was acknowledged by the target, authenticated, with the chain hash that we computed; the state that says so
+///   is stored first.
+/// - A batch is sent only in a session whose greeting proved that it continues what the target holds.
+/// - Everything in `slots` and `drain` can be made again from the ring (`reset`).
+pub struct Streamer<S: RingSource> {
+    config: StreamerConfig,
+    source: S,
+    session: SourceSession,
+    entropy: Entropy,
+    /// Durable at the target; as stored beside the ring.
+    state: StreamState,
+    drain: Drain<S::Payload>,
+    slots: VecDeque<Slot<S::Payload>>,
+    epoch: u64,
+    /// Pieces of work given out and not back.
+    running: usize,
+    mode: Mode,
+    link: Option<u64>,
+    /// Counts greetings and lost sessions; names the session whose lease a batch used.
+    greeting: u64,
+    greet_at: Option<Now>,
+    refusals: u32,
+    welcome: Option<Welcome>,
+    catch_up: Option<CatchUp>,
+    lease: Option<Arc<LeaseSet>>,
+    paused: Option<String>,
+    /// The link took no more; until it reports a batch as sent.
+    link_full: bool,
+    volumes_said: bool,
+    bucket: TokenBucket,
+    level: LevelControl,
+    meter: Meter,
+    answers: VecDeque<Answers>,
+    events: VecDeque<StreamEvent>,
+    drop_link: Option<String>,
+    /// The session was given up; until the link says that it is gone.
+    dropping: bool,
+    spare_sets: Vec<RecordSet>,
+    counters: Counters,
+    last_reason: Option<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Mode {
+    /// No session, or the greeting is not answered.
+    Down,
+    /// Batches flow.
+    Live,
+    /// The agent is recording "compare everything", then the stream goes on behind the target's tail.
+    Comparing,
+    /// The agent is making a new incarnation.
+    StartingOver,
+    /// The target refused the stream.
+    Refused,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct CatchUp {
+    number: BatchNo,
+    chain: ChainHash,
+}
+
+/// Sums since the start of the process. Bytes.
+#[derive(Clone, Copy, Default, Debug)]
+struct Counters {
+    written_bytes: u64,
+    shipped_bytes: u64,
+    sealed_bytes: u64,
+    plain_bytes: u64,
+    frame_bytes: u64,
+    deduplicated_bytes: u64,
+    batches: u64,
+}
+
+/// What the streamer tells the agent.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum StreamEvent {
+    /// The target answered the greeting; volumes that it holds nothing of, or that its points do not include, are named.
+    Greeted(Welcome),
+    /// Batches flow from now on.
+    Live,
+    /// A batch is journaled at the target, and everything before it.
+    Durable(DurableBatch),
+    /// What the target found for the probes of a batch that is durable.
+    Answers(Answers),
+    /// Answers and batches that were under way may be lost: sync takes back what it had in flight.
+    Down {
+        /// Why.
+        reason: String,
+    },
+    /// The target takes no batches for now.
+    Paused {
+        /// As the target says it.
+        reason: String,
+    },
+    /// It takes batches again.
+    Resumed,
+    /// The target refuses the stream. Tried again, more and more slowly.
+    Refused {
+        /// Why.
+        code: RefuseCode,
+        /// Particulars.
+        detail: String,
+    },
+    /// It is not known what the target lacks. Durably record "compare everything", open an event, then
+    /// [`Streamer::handle_compared`]. Nothing is sent before.
+    CompareEverything {
+        /// Why.
+        reason: String,
+    },
+    /// The stream cannot go on. Durably record this incarnation and "compare everything", give the ring the incarnation, then
+    /// [`Streamer::handle_started_over`]. Nothing is sent before.
+    StartOver {
+        /// The new incarnation.
+        incarnation: Incarnation,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// A batch that the target has journaled.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DurableBatch {
+    /// The point at its end.
+    pub point: PointId,
+    /// Ring position behind it: everything below is durable.
+    pub end: Position,
+    /// Source's clock at its cut.
+    pub time: WallTime,
+    /// The point can be recovered to.
+    pub recoverable: bool,
+    /// File systems were frozen at the cut.
+    pub app_consistent: bool,
+    /// The point's name.
+    pub bookmark: Option<Name>,
+    /// Target's clock; `None` where it is known only from the tail in its greeting.
+    pub received: Option<WallTime>,
+}
+
+/// A batch to be sent on the session's link.
+#[derive(Clone, Debug)]
+pub struct Outgoing {
+    /// The link's session.
+    pub session: u64,
+    /// Batch's number.
+    pub number: BatchNo,
+    /// Its bytes.
+    pub batch: SealedBatch,
+}
+
+impl<S: RingSource> Streamer<S> {
+    /// Takes the stream up where the ring's state says.
+    ///
+    /// # Errors
+    /// The state is of another ring, or points outside of this one: compare everything in a new incarnation.
+    pub fn new(now: Now, config: StreamerConfig, mut source: S, entropy: Entropy) -> Result<Self> {
+        let state = resume::state_at_start(&config, &mut source)?;
+        let drain = Drain::new(state.position, state.flags);
+        Ok(Self {
+            session: SourceSession::new(config.session.clone()),
+            bucket: TokenBucket::new(config.rate, now),
+            level: LevelControl::new(config.workers, config.level_max, now),
+            meter: Meter::new(),
+            config,
+            source,
+            entropy,
+            state,
+            drain,
+            slots: VecDeque::new(),
+            epoch: 0,
+            running: 0,
+            mode: Mode::Down,
+            link: None,
+            greeting: 0,
+            greet_at: None,
+            refusals: 0,
+            welcome: None,
+            catch_up: None,
+            lease: None,
+            paused: None,
+            link_full: false,
+            volumes_said: false,
+            answers: VecDeque::new(),
+            events: VecDeque::new(),
+            drop_link: None,
+            dropping: false,
+            spare_sets: Vec::new(),
+            counters: Counters::default(),
+            last_reason: None,
+        })
+    }
+
+    /// The ring, for what the machine does not do: re-opening, a new incarnation.
+    pub fn source_mut(&mut self) -> &mut S {
+        &mut self.source
+    }
+
+    /// A link session is up.
+    ///
+    /// # Errors
+    /// The list of volumes is too long to be said.
+    pub fn handle_link_up(&mut self, now: Now, session: u64) -> Result<()> {
+        if self.link.is_some() {
+            self.lose_session("replaced by a newer session");
+        }
+        self.link = Some(session);
+        match self.greet_at {
+            Some(at) if at > now => Ok(()),
+            _ => self.greet(now),
+        }
+    }
+
+    fn greet(&mut self, now: Now) -> Result<()> {
+        self.greet_at = None;
+        if self.mode == Mode::StartingOver || self.link.is_none() {
+            return Ok(());
+        }
+        self.greeting += 1;
+        self.volumes_said = false;
+        let nonce = (self.entropy)();
+        let volumes = self.config.volumes.clone();
+        self.session
+            .handle_up(now, nonce, self.config.generation, self.state.incarnation, volumes)
+            .map_err(Error::Greeting)
+    }
+
+    /// A link session is gone.
+    pub fn handle_link_down(&mut self, now: Now, session: u64, reason: &str) {
+        if self.link == Some(session) {
+            self.lose_session(reason);
+            self.link = None;
+        } else if self.link.is_none() {
+            // A failed attempt: only the reason is news.
+            self.last_reason = Some(reason.to_owned());
+        }
+        self.tick(now);
+    }
+
+    /// A control message arrived. One that the target did not make for this session ends the session.
+    pub fn handle_control(&mut self, now: Now, session: u64, bytes: &[u8]) {
+        if self.link != Some(session) || self.dropping {
+            return;
+        }
+        if let Err(error) = self.session.handle_control(now, bytes) {
+            self.give_up_link(format!("control message refused: {error}"));
+        }
+        self.take_session_events(now);
+        self.tick(now);
+    }
+
+    /// The link handed a batch to the other end.
+    pub fn handle_sent(&mut self, session: u64) {
+        if self.link == Some(session) {
+            self.link_full = false;
+        }
+    }
+
+    /// The link did not take a batch. `retry`: it will, after [`Self::handle_sent`]; else its session is about to end.
+    pub fn handle_unsent(&mut self, session: u64, number: BatchNo, retry: bool) {
+        if self.link != Some(session) {
+            return;
+        }
+        self.link_full = retry;
+        if let Some(slot) = self.slots.iter_mut().find(|slot| slot.number == number) {
+            slot.unsend();
+        }
+    }
+
+    /// The agent recorded "compare everything" and opened an event.
+    pub fn handle_compared(&mut self, now: Now) {
+        if self.mode == Mode::Comparing {
+            self.state.compared = true;
+            self.source.store_state(&self.state);
+            self.mode = Mode::Down;
+            self.decide(now);
+        }
+    }
+
+    /// The agent recorded the new incarnation and "compare everything", and gave the incarnation to the ring.
+    pub fn handle_started_over(&mut self, now: Now, incarnation: Incarnation) {
+        self.start_over_now(incarnation);
+        self.tick(now);
+    }
+
+    /// The deadline passed.
+    ///
+    /// # Errors
+    /// As [`Self::handle_link_up`].
+    pub fn handle_timeout(&mut self, now: Now) -> Result<()> {
+        if self.greet_at.is_some_and(|at| at <= now) {
+            self.greet(now)?;
+        }
+        self.session.handle_timeout(now);
+        self.take_session_events(now);
+        self.tick(now);
+        Ok(())
+    }
+
+    /// When to call [`Self::handle_timeout`].
+    #[must_use]
+    pub fn poll_deadline(&self) -> Option<Now> {
+        let bucket = if self.slots.iter().any(Slot::is_ready) { self.bucket.opens_at() } else { None };
+        let level = if self.slots.is_empty() { None } else { Some(self.level.deadline()) };
+        let greet = self.greet_at.filter(|_| self.link.is_some());
+        [self.session.poll_deadline(), bucket, level, greet].into_iter().flatten().min()
+    }
+
+    /// The next control message, with the link's session.
+    #[must_use]
+    pub fn poll_control(&mut self) -> Option<(u64, Vec<u8>)> {
+        let link = self.link?;
+        self.session.poll_control().map(|bytes| (link, bytes))
+    }
+
+    /// The link's session is no use any more: drop it, and tell by [`Self::handle_link_down`].
+    #[must_use]
+    pub fn poll_drop(&mut self) -> Option<(u64, String)> {
+        let link = self.link?;
+        self.drop_link.take().map(|reason| (link, reason))
+    }
+
+    /// The next event.
+    #[must_use]
+    pub fn poll_event(&mut self) -> Option<StreamEvent> {
+        self.events.pop_front()
+    }
+
+    /// Changes the group's volumes.
+    ///
+    /// # Errors
+    /// The list is too long to be said.
+    pub fn set_volumes(&mut self, volumes: Vec<VolumeDecl>) -> Result<()> {
+        self.config.volumes.clone_from(&volumes);
+        self.volumes_said = false;
+        self.session.announce(volumes).map_err(Error::Greeting)
+    }
+
+    /// Changes the bandwidth limit, bytes per second.
+    pub fn set_rate(&mut self, now: Now, rate: Option<u64>) {
+        self.bucket.set_rate(rate, now);
+    }
+
+    /// Says that the source stops on purpose.
+    pub fn say_bye(&mut self) {
+        self.session.say_bye();
+    }
+
+    /// Line of history that batches are of; 0: none yet.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        self.config.generation
+    }
+
+    /// What is durable at the target.
+    #[must_use]
+    pub fn state(&self) -> &StreamState {
+        &self.state
+    }
+
+    /// A batch could be formed and sent at once.
+    #[must_use]
+    pub fn slot_free(&self) -> bool {
+        self.mode == Mode::Live
+            && self.paused.is_none()
+            && self.catch_up.is_none()
+            && self.drain.ready() == 0
+            && self.window_has_room()
+    }
+
+    /// The batch that has no cut yet is large enough: cut now.
+    #[must_use]
+    pub fn wants_cut(&self) -> bool {
+        self.drain.wants_cut()
+    }
+
+    /// Nothing is left that the target does not have, as far as was published.
+    #[must_use]
+    pub fn is_drained(&self) -> bool {
+        self.slots.is_empty()
+            && self.drain.ready() == 0
+            && self.drain.open_entries() == 0
+            && self.state.position == self.source.head()
+    }
+
+    fn take_session_events(&mut self, now: Now) {
+        while let Some(event) = self.session.poll_event() {
+            if self.dropping {
+                return;
+            }
+            match event {
+                SourceEvent::Live(welcome) => self.handle_welcome(now, welcome),
+                SourceEvent::Durable { incarnation, number, chain, received } => {
+                    if let Err(reason) = self.acknowledge(now, incarnation, number, &chain, received) {
+                        self.give_up_link(reason);
+                    }
+                }
+                SourceEvent::Answers(answers) => self.hold_answers(answers),
+                SourceEvent::Lease(lease) => self.lease = Some(Arc::new(LeaseSet::new(lease))),
+                SourceEvent::Paused { reason } => {
+                    self.paused = Some(reason.clone());
+                    self.events.push_back(StreamEvent::Paused { reason });
+                }
+                SourceEvent::Resumed => {
+                    self.paused = None;
+                    self.slots.iter_mut().for_each(Slot::unsend);
+                    self.events.push_back(StreamEvent::Resumed);
+                }
+                SourceEvent::Refused { code, detail } => self.handle_refused(now, code, detail),
+                SourceEvent::Broken { reason } => self.give_up_link(reason),
+            }
+        }
+    }
+
+    /// The session ended: nothing that was sent in it counts as sent.
+    fn lose_session(&mut self, reason: &str) {
+        self.session.handle_down();
+        // A batch that is being sealed now, under this session's lease, is of no use in the next.
+        self.greeting += 1;
+        self.welcome = None;
+        self.lease = None;
+        self.paused = None;
+        self.link_full = false;
+        self.drop_link = None;
+        self.dropping = false;
+        self.answers.clear();
+        if !matches!(self.mode, Mode::StartingOver | Mode::Refused | Mode::Comparing) {
+            self.mode = Mode::Down;
+        }
+        // References are good under the lost lease only, and batches that were only verified have no bytes.
+        if self.catch_up.take().is_some() || self.slots.iter().any(Slot::needs_its_session) {
+            self.reset();
+        }
+        self.slots.iter_mut().for_each(Slot::unsend);
+        if self.mode != Mode::Refused {
+            self.last_reason = Some(reason.to_owned());
+        }
+        self.events.push_back(StreamEvent::Down { reason: reason.to_owned() });
+    }
+
+    fn give_up_link(&mut self, reason: String) {
+        if !self.dropping {
+            self.last_reason = Some(reason.clone());
+            self.drop_link = Some(reason);
+            self.dropping = true;
+        }
+    }
+
+    /// Forgets everything that can be made again, and begins at the freed cursor.
+    fn reset(&mut self) {
+        self.epoch += 1;
+        self.slots.clear();
+        self.catch_up = None;
+        self.volumes_said = false;
+        self.source.rewind();
+        self.drain.reset(self.state.position, self.state.flags);
+    }
+
+    fn tick(&mut self, now: Now) {
+        let limited = self.mode == Mode::Live
+            && self.paused.is_none()
+            && (!self.window_has_room() || self.link_full || !self.bucket.is_open(now))
+            && (self.drain.waiting_bytes() > 0 || self.slots.iter().any(Slot::is_ready));
+        self.meter.handle_busy(now, self.mode == Mode::Live && !self.slots.is_empty());
+        self.level.handle_limited(now, limited);
+        self.level.handle_timeout(now);
+    }
+}
+
+impl<S: RingSource> std::fmt::Debug for Streamer<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Streamer")
+            .field("mode", &self.mode)
+            .field("state", &self.state)
+            .field("slots", &self.slots.len())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,235 @@
+//! Where the stream goes on: at the start of the process, and after each greeting.
+
+use std::time::Duration;
+
+use farshore_proto::message::{RefuseCode, Tail, Welcome};
+use farshore_proto::session::{Resume, SourceTail, resume};
+use farshore_proto::{BatchNo, ChainHash, Incarnation, Now};
+
+use crate::source::{RingSource, StreamFlags, StreamState};
+use crate::{Error, Result, VolumeSet};
+
+use super::config::StreamerConfig;
+use super::window::Stage;
+use super::{CatchUp, Mode, StreamEvent, Streamer};
+
+/// First wait after a refusal; doubles.
+const REFUSED_WAIT: Duration = Duration::from_secs(1);
+/// Longest wait after a refusal. A person acts on minutes, and a greeting costs nothing.
+const REFUSED_WAIT_MAX: Duration = Duration::from_secs(60);
+
+/// The state from which a process goes on, with the ring freed up to it.
+pub(super) fn state_at_start<S: RingSource>(config: &StreamerConfig, ring: &mut S) -> Result<StreamState> {
+    config.check()?;
+    ring.rewind();
+    let stored = ring.load_state();
+    let Some(state) = stored.filter(|state| state.incarnation == config.incarnation) else {
+        let state = first_state(config, ring, stored)?;
+        ring.store_state(&state);
+        return Ok(state);
+    };
+    let (freed, head) = (ring.freed(), ring.head());
+    if state.position < freed || state.position > head {
+        return Err(Error::StateOutsideRing { position: state.position.0, freed: freed.0, head: head.0 });
+    }
+    // Killed between the store and the freeing: what lies below the state's position is durable.
+    if state.position > freed {
+        while ring.next_entry()?.is_some_and(|entry| entry.position.0 + 1 < state.position.0) {}
+        ring.free_to(state.position);
+    }
+    Ok(state)
+}
+
+/// A ring of which nothing was sent yet.
+fn first_state<S: RingSource>(config: &StreamerConfig, ring: &S, older: Option<StreamState>) -> Result<StreamState> {
+    if let Some(state) = older.filter(|state| state.incarnation > config.incarnation) {
+        return Err(Error::StateOfOtherRing { found: state.incarnation.0, expected: config.incarnation.0 });
+    }
+    // A state of an older incarnation: killed while starting over.
+    let known = older.map(|state| (state.number, state.chain, state.flags.joined));
+    let (number, chain, joined) = known.unwrap_or((config.last.0, config.last.1, config.joined));
+    Ok(StreamState {
+        position: ring.freed(),
+        incarnation: config.incarnation,
+        number,
+        chain,
+        flags: StreamFlags { event_open: false, joined },
+        sent: false,
+        acknowledged: false,
+        compared: false,
+        newest_point: older.map_or_else(Default::default, |state| state.newest_point),
+    })
+}
+
+impl<S: RingSource> Streamer<S> {
+    pub(super) fn handle_welcome(&mut self, now: Now, welcome: Welcome) {
+        if self.config.generation.0 == 0 {
+            self.config.generation = welcome.generation;
+        }
+        if welcome.generation != self.config.generation {
+            let detail =
+                format!("the group is at generation {}, this host at {}", welcome.generation, self.config.generation);
+            self.handle_refused(now, RefuseCode::Generation, detail);
+            return;
+        }
+        self.events.push_back(StreamEvent::Greeted(welcome.clone()));
+        self.welcome = Some(welcome);
+        if !matches!(self.mode, Mode::StartingOver | Mode::Comparing) {
+            self.decide(now);
+        }
+    }
+
+    /// Goes on as the greeting's answer allows.
+    pub(super) fn decide(&mut self, now: Now) {
+        let Some(welcome) = self.welcome.clone() else { return };
+        let tail = welcome.tail;
+        let own = SourceTail {
+            incarnation: self.state.incarnation,
+            number: self.state.number,
+            chain: self.state.chain,
+            unsent: self.is_unsent(tail.as_ref()),
+        };
+        match resume(&own, tail.as_ref()) {
+            Resume::Continue => self.go_live(),
+            Resume::CatchUp { number, chain } => self.begin_catch_up(now, tail.as_ref(), number, chain),
+            Resume::Append { number, chain, proved } if proved || self.state.compared => {
+                self.append(&welcome, number, chain);
+            }
+            Resume::Append { number, .. } => {
+                self.mode = Mode::Comparing;
+                let reason = format!(
+                    "the target holds batches up to {number}, this host knows of {}; what lies between them is unknown",
+                    self.state.number
+                );
+                self.events.push_back(StreamEvent::CompareEverything { reason });
+            }
+            Resume::StartOver { incarnation } => self.start_over(incarnation, diverged(&own, tail.as_ref())),
+        }
+    }
+
+    /// No batch of this incarnation can be at the target. After the first was sent, only its own word for it counts: a tail that
+    /// is exactly what our first batch follows, while none of ours was ever acknowledged.
+    fn is_unsent(&self, tail: Option<&Tail>) -> bool {
+        let behind = tail.is_some_and(|tail| tail.number == self.state.number && tail.chain == self.state.chain);
+        !self.state.sent || (!self.state.acknowledged && behind)
+    }
+
+    fn go_live(&mut self) {
+        self.mode = Mode::Live;
+        self.last_reason = None;
+        self.events.push_back(StreamEvent::Live);
+    }
+
+    fn append(&mut self, welcome: &Welcome, number: BatchNo, chain: ChainHash) {
+        let linked = self.state.sent && self.state.number == number && self.state.chain == chain;
+        if !linked {
+            self.state.number = number;
+            self.state.chain = chain;
+            self.state.flags = StreamFlags {
+                event_open: welcome.event_open,
+                joined: welcome.joined.iter().copied().collect::<VolumeSet>(),
+            };
+            self.source.store_state(&self.state);
+            self.reset();
+        }
+        self.go_live();
+    }
+
+    /// The target holds batches whose acknowledgements were lost: forms them again, only to see that they are the same.
+    fn begin_catch_up(&mut self, now: Now, tail: Option<&Tail>, number: BatchNo, chain: ChainHash) {
+        let end = tail.map_or(self.state.position, |tail| tail.end);
+        if end <= self.state.position || end > self.source.head() {
+            let reason = format!("the target holds batch {number} up to ticket {end}, which the ring does not hold");
+            self.demand_start_over(self.state.incarnation, reason);
+            return;
+        }
+        self.catch_up = Some(CatchUp { number, chain });
+        for slot in self.slots.iter_mut().filter(|slot| slot.number <= number) {
+            slot.verify_only = true;
+            if matches!(slot.stage, Stage::Ready(_) | Stage::Sent(_)) {
+                slot.stage = Stage::Verified;
+            }
+        }
+        self.mode = Mode::Live;
+        self.check_catch_up(now);
+    }
+
+    /// Once the chain hash of the target's last batch is known: is it the target's?
+    pub(super) fn check_catch_up(&mut self, now: Now) {
+        let Some(CatchUp { number, chain }) = self.catch_up else { return };
+        let Some(own) = self.slot_mut(number).and_then(|slot| slot.chain) else { return };
+        self.catch_up = None;
+        if own == chain {
+            self.make_durable(now, number, None);
+            self.go_live();
+        } else {
+            let reason = format!("the target's batch {number} is not the one that this ring gives");
+            self.demand_start_over(self.state.incarnation, reason);
+        }
+    }
+
+    /// Starts over above `other` and the own incarnation.
+    pub(super) fn demand_start_over(&mut self, other: Incarnation, reason: String) {
+        if self.mode != Mode::StartingOver {
+            let incarnation = Incarnation(self.state.incarnation.0.max(other.0) + 1);
+            self.start_over(incarnation, reason);
+        }
+    }
+
+    fn start_over(&mut self, incarnation: Incarnation, reason: String) {
+        self.mode = Mode::StartingOver;
+        self.last_reason = Some(reason.clone());
+        self.reset();
+        self.events.push_back(StreamEvent::StartOver { incarnation, reason });
+    }
+
+    /// The ring is of the new incarnation. The session greets anew with it.
+    pub(super) fn start_over_now(&mut self, incarnation: Incarnation) {
+        assert!(incarnation > self.state.incarnation, "incarnations only rise");
+        let tail = self.welcome.as_ref().and_then(|welcome| welcome.tail);
+        // Without a session the number is settled by the next greeting: everything is compared, so any tail will do.
+        let (number, chain) = match (&self.welcome, tail) {
+            (Some(_), Some(tail)) => (tail.number, tail.chain),
+            (Some(_), None) => (BatchNo(0), ChainHash::default()),
+            (None, _) => (self.state.number, self.state.chain),
+        };
+        self.source.rewind();
+        self.state = StreamState {
+            position: self.source.freed(),
+            incarnation,
+            number,
+            chain,
+            flags: StreamFlags { event_open: true, joined: self.state.flags.joined },
+            sent: false,
+            acknowledged: false,
+            compared: true,
+            newest_point: self.state.newest_point,
+        };
+        self.config.incarnation = incarnation;
+        self.source.store_state(&self.state);
+        self.mode = Mode::Down;
+        self.reset();
+        if self.link.is_some() {
+            self.give_up_link(format!("starting over as incarnation {incarnation}"));
+        }
+    }
+
+    pub(super) fn handle_refused(&mut self, now: Now, code: RefuseCode, detail: String) {
+        let wait = REFUSED_WAIT.saturating_mul(1 << self.refusals.min(10)).min(REFUSED_WAIT_MAX);
+        self.refusals = self.refusals.saturating_add(1);
+        self.greet_at = Some(now.plus(wait));
+        if !matches!(self.mode, Mode::StartingOver | Mode::Comparing) {
+            self.mode = Mode::Refused;
+        }
+        self.give_up_link(format!("refused: {detail}"));
+        self.events.push_back(StreamEvent::Refused { code, detail });
+    }
+}
+
+fn diverged(own: &SourceTail, tail: Option<&Tail>) -> String {
+    let ours = format!("this host last knew of batch {} (incarnation {})", own.number, own.incarnation);
+    match tail {
+        Some(tail) => format!("the target holds batch {} of incarnation {}; {ours}", tail.number, tail.incarnation),
+        None => format!("the target holds nothing of this stream; {ours}"),
+    }
+}
