@@ -1,0 +1,420 @@
+//! The agent: its groups, and what the admin API asks of them.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
+
+use farshore_blkfilter::sync::SyncState;
+use farshore_link::identity::Identity;
+use farshore_proto::text::show_time;
+use farshore_proto::{Name, Role, VolumeIndex, WallTime};
+use farshore_streamer::{DurableBatch, Phase, StreamerStatus};
+use farshore_uring::DirStorage;
+use serde_json::{Value, json};
+
+use crate::alarms::{Alarm, Alarms, code};
+use crate::api::ProtectRequest;
+use crate::config::AgentConfig;
+use crate::group::{Context, Group};
+use crate::state::{GroupState, StateDir, VolumeState};
+use crate::{Error, Result, clock};
+
+/// An identity that expires within this time raises an alarm.
+const EXPIRY_WARNING: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Most groups: each has a ring, a link and four threads (I11).
+const GROUPS_MAX: usize = 64;
+
+/// A running agent.
+pub struct Agent {
+    context: Context,
+    groups: RwLock<BTreeMap<Name, Arc<Group>>>,
+    /// Held while volumes or groups come and go.
+    changes: Mutex<()>,
+}
+
+impl Agent {
+    /// Starts all groups that have state.
+    ///
+    /// # Errors
+    /// When identity or state directory cannot be used, or another agent has a group's ring.
+    pub fn start(config: AgentConfig, identity: Identity) -> Result<Self> {
+        if identity.role != Role::Agent {
+            return Err(Error::Refused {
+                what: format!("identity {}", config.identity.display()),
+                reason: format!("is of role {}, not agent", identity.role),
+                hint: "issue one with `farshore vault issue --role agent`".into(),
+            });
+        }
+        std::fs::create_dir_all(&config.state).map_err(|error| Error::io("create", &config.state, error))?;
+        let storage = DirStorage::open(&config.state).map_err(|error| Error::io("open", &config.state, error))?;
+        let store = StateDir::open(storage, &config.state, identity.vault, &identity.name)?;
+        std::fs::create_dir_all(&config.ring_dir).map_err(|error| Error::io("create", &config.ring_dir, error))?;
+        let alarms = Arc::new(Alarms::default());
+        let left = identity.not_after.since(clock::wall());
+        if left < EXPIRY_WARNING {
+            alarms.raise(code::EXPIRES, "", format!("the certificate expires on {}", show_time(identity.not_after)));
+        }
+        let context = Context { config: Arc::new(config), identity: Arc::new(identity), store, alarms };
+        let agent = Self { context, groups: RwLock::default(), changes: Mutex::default() };
+        for name in agent.context.store.groups()? {
+            if let Some(state) = agent.context.store.read_group(&name)? {
+                agent.start_group(name, state)?;
+            }
+        }
+        Ok(agent)
+    }
+
+    fn changes(&self) -> MutexGuard<'_, ()> {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn start_group(&self, name: Name, state: GroupState) -> Result<Arc<Group>> {
+        let group = Arc::new(Group::start(&self.context, name.clone(), state)?);
+        self.groups.write().unwrap_or_else(PoisonError::into_inner).insert(name, Arc::clone(&group));
+        Ok(group)
+    }
+
+    fn groups(&self) -> Vec<Arc<Group>> {
+        self.groups.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    fn group(&self, name: &str) -> Result<Arc<Group>> {
+        let key = Name::new(name)?;
+        let groups = self.groups.read().unwrap_or_else(PoisonError::into_inner);
+        groups.get(&key).cloned().ok_or_else(|| Error::NotFound {
+            what: "group",
+            name: name.to_owned(),
+            hint: "; `farshore volumes` lists what is protected",
+        })
+    }
+
+    /// A volume by `GROUP/VOLUME`, or by a name that is unique.
+    fn volume(&self, text: &str) -> Result<(Arc<Group>, VolumeState)> {
+        let (group, name) = text.split_once('/').map_or((None, text), |(group, name)| (Some(group), name));
+        let mut found: Vec<_> = self
+            .groups()
+            .into_iter()
+            .filter(|candidate| group.is_none_or(|group| candidate.shared.name.as_str() == group))
+            .flat_map(|group| group.volumes().into_iter().map(move |volume| (Arc::clone(&group), volume)))
+            .filter(|(_, volume)| volume.name == name)
+            .collect();
+        match (found.pop(), found.is_empty()) {
+            (Some(one), true) => Ok(one),
+            (Some(_), false) => Err(Error::Setting {
+                key: "volume",
+                reason: format!("{name:?} is in several groups; say GROUP/VOLUME"),
+            }),
+            (None, _) => Err(Error::NotFound {
+                what: "volume",
+                name: text.to_owned(),
+                hint: "; `farshore volumes` lists what is protected",
+            }),
+        }
+    }
+
+    /// Protects a source.
+    ///
+    /// # Errors
+    /// Bad names, a source that cannot be opened or is in use, a name or source that is protected already.
+    pub fn protect(&self, request: &ProtectRequest) -> Result<Value> {
+        let _changes = self.changes();
+        let group_name = Name::new(request.group.clone())?;
+        let name = match &request.name {
+            Some(name) => Name::new(name.clone())?,
+            None => default_name(&request.source)?,
+        };
+        self.refuse_own_files(&request.source)?;
+        for group in self.groups() {
+            if let Some(volume) = group.volumes().iter().find(|volume| volume.source == request.source) {
+                return Err(Error::Refused {
+                    what: format!("source {}", request.source.display()),
+                    reason: format!("is protected already as {}/{}", group.shared.name, volume.name),
+                    hint: "`farshore volumes` shows its device".into(),
+                });
+            }
+        }
+        let known = self.groups.read().unwrap_or_else(PoisonError::into_inner).get(&group_name).cloned();
+        let group = match known {
+            Some(group) => group,
+            None if self.groups().len() >= GROUPS_MAX => {
+                return Err(Error::Refused {
+                    what: format!("group {group_name}"),
+                    reason: format!("there are {GROUPS_MAX} groups already"),
+                    hint: "protect the volume in one of them".into(),
+                });
+            }
+            None => {
+                let state = self.context.store.read_group(&group_name)?.unwrap_or_default();
+                self.start_group(group_name.clone(), state)?
+            }
+        };
+        let frontend = request.frontend.clone().unwrap_or_else(|| {
+            let socket = self.context.config.state.join(format!("{group_name}-{name}.sock"));
+            format!("nbd+unix:{}", socket.display())
+        });
+        let volume = group.protect(&request.source, name, frontend)?;
+        Ok(volume_document(&group, &volume))
+    }
+
+    /// A volume that holds the agent's own files would wait for itself.
+    fn refuse_own_files(&self, source: &Path) -> Result<()> {
+        use std::os::unix::fs::MetadataExt;
+        let config = &self.context.config;
+        let Ok(device) = std::fs::metadata(source) else { return Ok(()) };
+        for own in [&config.state, &config.ring_dir, &config.identity] {
+            let Ok(folder) = std::fs::metadata(own) else { continue };
+            if device.rdev() != 0 && folder.dev() == device.rdev() {
+                return Err(Error::Refused {
+                    what: format!("source {}", source.display()),
+                    reason: format!("holds the agent's own {}", own.display()),
+                    hint: "keep state, rings and identity on another device".into(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends a volume's protection.
+    ///
+    /// # Errors
+    /// No such volume, or the front end cannot be stopped.
+    pub fn unprotect(&self, text: &str) -> Result<Value> {
+        let _changes = self.changes();
+        let (group, volume) = self.volume(text)?;
+        group.unprotect(VolumeIndex(volume.index))?;
+        Ok(volume_document(&group, &volume))
+    }
+
+    /// Compares a whole volume.
+    ///
+    /// # Errors
+    /// No such volume.
+    pub fn resync(&self, text: &str) -> Result<Value> {
+        let (group, volume) = self.volume(text)?;
+        let capture = &group.shared.capture;
+        capture.resync(VolumeIndex(volume.index)).map_err(|error| Error::failed("resync", error))?;
+        Ok(volume_document(&group, &volume))
+    }
+
+    /// All protected volumes.
+    #[must_use]
+    pub fn volumes(&self) -> Value {
+        let documents: Vec<Value> = self
+            .groups()
+            .iter()
+            .flat_map(|group| group.volumes().iter().map(|volume| volume_document(group, volume)).collect::<Vec<_>>())
+            .collect();
+        json!(documents)
+    }
+
+    /// All open alarms.
+    #[must_use]
+    pub fn alarms(&self) -> Vec<Alarm> {
+        self.context.alarms.list(None)
+    }
+
+    /// How protection stands.
+    ///
+    /// # Errors
+    /// No such group.
+    pub fn status(&self, group: Option<&str>) -> Result<Value> {
+        let groups = match group {
+            Some(name) => vec![self.group(name)?],
+            None => self.groups(),
+        };
+        Ok(json!(groups.iter().map(|group| self.group_document(group)).collect::<Vec<_>>()))
+    }
+
+    fn group_document(&self, group: &Group) -> Value {
+        let name = group.shared.name.as_str();
+        let status = group.status().unwrap_or_default();
+        let stream = &status.stream;
+        let capture = &group.shared.capture;
+        let counters = capture.counters();
+        json!({
+            "group": name,
+            "generation": stream.generation.0,
+            "incarnation": stream.incarnation.0,
+            "state": state_of(group, &status),
+            "tier": tier_of(group),
+            "rpo_s": stream.rpo.map(|age| age.as_secs_f64()),
+            "lag_bytes": stream.lag_bytes,
+            "newest_point": group.shared.points.newest().map(|point| point_document(&point)),
+            "ring_used_bytes": capture.ring().used_bytes(),
+            "ring_size_bytes": capture.ring().size_bytes(),
+            "ring_closed_count": group.ring_closed_count(),
+            "log_used_bytes": 0,
+            "written_bytes": counters.written_bytes,
+            "shipped_bytes": stream.shipped_bytes,
+            "wire_bytes": status.link.wire_bytes_sent,
+            "batches": stream.batches,
+            "dedup_ratio": stream.dedup_ratio,
+            "compression_ratio": stream.compression_ratio,
+            "link": {
+                "connected": stream.phase == Phase::Live || stream.phase == Phase::Paused,
+                "rtt_s": stream.rtt.or(status.link_rtt).map(|rtt| rtt.as_secs_f64()),
+                "rate_bytes_per_s": stream.rate,
+                "reason": stream.reason,
+            },
+            "cut_min_s": group.policy().cut_min.as_secs_f64(),
+            "sync": sync_document(group),
+            "alarms": self.context.alarms.list(Some(name)),
+        })
+    }
+
+    /// Waits until all that was written so far is a recovery point (`name` none), or makes and awaits a named one.
+    ///
+    /// # Errors
+    /// No such group; the time is over (with what stands in the way).
+    pub fn point(&self, group: &str, name: Option<&str>, limit: Option<Duration>) -> Result<Value> {
+        let group = self.group(group)?;
+        let name = name.map(Name::new).transpose()?;
+        let begin = clock::now();
+        let left = || limit.map(|limit| limit.saturating_sub(clock::now().since(begin)));
+        let late = || Error::failed(format!("group {}", group.shared.name), why_no_point(&group));
+        loop {
+            // Points can only be made while nothing is missing.
+            group.shared.points.wait(left(), |_| is_whole(&group).then_some(())).ok_or_else(late)?;
+            let point = match &name {
+                None => {
+                    let head = group.shared.capture.ring().head();
+                    group.shared.points.wait(left(), |board| {
+                        board
+                            .newest
+                            .clone()
+                            .filter(|point| point.end.0 >= head)
+                            .map(Some)
+                            .or_else(|| (!is_whole(&group)).then_some(None))
+                    })
+                }
+                Some(name) => {
+                    group.bookmark(name.clone());
+                    group.shared.points.wait(left(), |board| {
+                        board.bookmarks.get(name).cloned().map(Some).or_else(|| (!is_whole(&group)).then_some(None))
+                    })
+                }
+            };
+            match point.ok_or_else(late)? {
+                Some(point) if point.recoverable => return Ok(point_document(&point)),
+                // An event came between: once more.
+                _ => {}
+            }
+        }
+    }
+
+    /// Stops all groups in order.
+    ///
+    /// # Errors
+    /// The first error; the other groups are stopped all the same.
+    pub fn stop(&self) -> Result<()> {
+        let _changes = self.changes();
+        let groups = std::mem::take(&mut *self.groups.write().unwrap_or_else(PoisonError::into_inner));
+        let mut result = Ok(());
+        for (name, group) in groups {
+            let stopped = match Arc::try_unwrap(group) {
+                Ok(group) => group.stop(),
+                Err(_) => Err(Error::failed(format!("group {name}"), "is in use by a request still; its ring is kept")),
+            };
+            if let Err(error) = stopped {
+                tracing::error!(group = %name, error = crate::error::chain(&error), "group did not stop in order");
+                result = result.and(Err(error));
+            }
+        }
+        result
+    }
+}
+
+fn default_name(source: &Path) -> Result<Name> {
+    let stem = source.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+    Ok(Name::new(stem.replace(|c: char| !c.is_ascii_alphanumeric() && !matches!(c, '.' | '_' | '-'), "-"))?)
+}
+
+/// Nothing is missing, and points include every volume.
+fn is_whole(group: &Group) -> bool {
+    let capture = &group.shared.capture;
+    let volumes = capture.volumes();
+    !volumes.is_empty()
+        && volumes.iter().all(|volume| volume.joined())
+        && !capture.ring().is_closed()
+        && !capture.event_open()
+}
+
+fn why_no_point(group: &Group) -> String {
+    let status = group.status().unwrap_or_default();
+    let capture = &group.shared.capture;
+    let reason = if capture.volumes().is_empty() {
+        "it has no volume".into()
+    } else if status.stream.phase != Phase::Live {
+        let reason = status.stream.reason.unwrap_or_else(|| "not connected".into());
+        format!("the target is not reached ({reason})")
+    } else if capture.ring().is_closed() {
+        "the ring is full and being shipped".into()
+    } else if capture.event_open() || !capture.volumes().iter().all(|volume| volume.joined()) {
+        "a sync is running".into()
+    } else {
+        format!("{} bytes are still to be shipped", status.stream.lag_bytes)
+    };
+    format!("no such recovery point within the time: {reason}")
+}
+
+fn tier_of(group: &Group) -> &'static str {
+    if group.shared.capture.ring().is_closed() { "extents" } else { "ring" }
+}
+
+fn state_of(group: &Group, status: &StreamerStatus) -> &'static str {
+    let capture = &group.shared.capture;
+    let volumes = capture.volumes();
+    if volumes.is_empty() {
+        "idle"
+    } else if status.stream.phase != Phase::Live {
+        status.stream.phase.as_str()
+    } else if volumes.iter().any(|volume| !volume.joined()) {
+        "initial-sync"
+    } else if capture.event_open() || capture.ring().is_closed() {
+        "resync"
+    } else {
+        "protected"
+    }
+}
+
+fn sync_document(group: &Group) -> Option<Value> {
+    let progress = group.shared.sync.progress().filter(|progress| progress.state != SyncState::Idle)?;
+    let state = match progress.state {
+        SyncState::Idle => "idle",
+        SyncState::NoLink => "no-link",
+        SyncState::Closed => "ring-closed",
+        SyncState::Running => "running",
+    };
+    Some(json!({
+        "state": state,
+        "done_bytes": progress.done_bytes,
+        "total_bytes": progress.total_bytes,
+        "rate_bytes_per_s": progress.rate,
+        "eta_s": progress.eta.map(|eta| eta.as_secs_f64()),
+    }))
+}
+
+fn point_document(point: &DurableBatch) -> Value {
+    json!({
+        "id": point.point.to_string(),
+        "time": show_time(point.time),
+        "received": point.received.map(|received: WallTime| show_time(received)),
+        "app_consistent": point.app_consistent,
+        "bookmark": point.bookmark.as_ref().map(ToString::to_string),
+    })
+}
+
+fn volume_document(group: &Group, volume: &VolumeState) -> Value {
+    let joined = group.shared.capture.volume(VolumeIndex(volume.index)).is_some_and(|volume| volume.joined());
+    json!({
+        "volume": volume.name,
+        "group": group.shared.name.to_string(),
+        "source": volume.source,
+        "device": group.device(VolumeIndex(volume.index)),
+        "size_bytes": volume.size,
+        "frontend": volume.frontend,
+        "tier": tier_of(group),
+        "in_points": joined,
+    })
+}

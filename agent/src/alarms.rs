@@ -1,0 +1,104 @@
+//! Open conditions that need attention, by code and subject.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+use farshore_proto::WallTime;
+use farshore_proto::text::show_time;
+use serde::Serialize;
+
+use crate::clock;
+
+/// Codes are stable: scripts and pages in `docs/operations/` go by them.
+pub(crate) mod code {
+    /// The stream is closed: writes are only marked.
+    pub(crate) const RING_CLOSED: &str = "ring.closed";
+    /// Source and replica may differ somewhere; resync runs.
+    pub(crate) const RESYNC: &str = "group.resync";
+    /// The backing device failed a write.
+    pub(crate) const WRITE_FAILED: &str = "volume.write-failed";
+    /// The backing device cannot be read somewhere.
+    pub(crate) const UNREADABLE: &str = "volume.unreadable";
+    /// A volume cannot be served.
+    pub(crate) const UNAVAILABLE: &str = "volume.unavailable";
+    /// The front end dropped requests.
+    pub(crate) const DROPPED: &str = "volume.requests-dropped";
+    /// No session with the target.
+    pub(crate) const LINK_DOWN: &str = "link.down";
+    /// The target takes no batches for now.
+    pub(crate) const PAUSED: &str = "target.paused";
+    /// The target refuses the stream.
+    pub(crate) const REFUSED: &str = "target.refused";
+    /// The ring is not locked in memory.
+    pub(crate) const UNLOCKED: &str = "ring.unlocked";
+    /// State could not be written.
+    pub(crate) const STATE: &str = "state.failed";
+    /// The certificate expires soon.
+    pub(crate) const EXPIRES: &str = "identity.expires";
+}
+
+/// One open condition.
+#[derive(Debug, Clone, Serialize)]
+pub struct Alarm {
+    /// Stable code.
+    pub code: &'static str,
+    /// Group, `group/volume`, or empty for the whole agent.
+    pub subject: String,
+    /// Particulars, the latest.
+    pub text: String,
+    /// When it was raised first, RFC 3339.
+    pub since: String,
+}
+
+/// Code and subject.
+type Key = (&'static str, String);
+
+/// The agent's open alarms: since when, and the particulars.
+#[derive(Default)]
+pub(crate) struct Alarms(Mutex<BTreeMap<Key, (WallTime, String)>>);
+
+impl Alarms {
+    /// Raises or updates.
+    pub(crate) fn raise(&self, code: &'static str, subject: &str, text: impl Into<String>) {
+        let text = text.into();
+        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match open.get_mut(&(code, subject.to_owned())) {
+            Some((_, old)) => *old = text,
+            None => {
+                tracing::warn!(code, subject, text, "alarm");
+                open.insert((code, subject.to_owned()), (clock::wall(), text));
+            }
+        }
+    }
+
+    /// Clears, if it is raised.
+    pub(crate) fn clear(&self, code: &'static str, subject: &str) {
+        let gone = self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&(code, subject.to_owned()));
+        if gone.is_some() {
+            tracing::info!(code, subject, "alarm cleared");
+        }
+    }
+
+    /// Clears all of a subject and what lies below it.
+    pub(crate) fn forget(&self, subject: &str) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|(_, of), _| !concerns(of, subject));
+    }
+
+    /// Those of `subject` and what lies below it; all for none.
+    pub(crate) fn list(&self, subject: Option<&str>) -> Vec<Alarm> {
+        let open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        open.iter()
+            .filter(|((_, of), _)| subject.is_none_or(|subject| concerns(of, subject)))
+            .map(|((code, of), (since, text))| Alarm {
+                code,
+                subject: of.clone(),
+                text: text.clone(),
+                since: show_time(*since),
+            })
+            .collect()
+    }
+}
+
+fn concerns(of: &str, subject: &str) -> bool {
+    of.strip_prefix(subject).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}

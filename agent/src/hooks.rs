@@ -1,0 +1,178 @@
+//! What the streamer's thread asks of a group and tells it.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use farshore_blkfilter::Cutter;
+use farshore_proto::message::RefuseCode;
+use farshore_proto::{Incarnation, Now, Position, VolumeIndex, WallTime};
+use farshore_ring::Consumer;
+use farshore_streamer::{Capture, StreamEvent};
+
+use crate::alarms::code;
+use crate::group::Shared;
+use crate::sync_thread::SyncOrder;
+
+/// The group's side of the streamer. Lives on the streamer's thread.
+pub(crate) struct Hooks {
+    shared: Arc<Shared>,
+    cutter: Cutter,
+    /// Volumes that the target must know as joined, because that became durable.
+    known_joined: BTreeSet<VolumeIndex>,
+    /// Volumes that joined later, with the ring position from which on that is durable.
+    joining: Vec<(VolumeIndex, u64)>,
+    /// Volumes of which the target holds nothing, as its greeting says.
+    empty: Vec<VolumeIndex>,
+}
+
+impl Hooks {
+    pub(crate) fn new(shared: Arc<Shared>, known_joined: BTreeSet<VolumeIndex>) -> Self {
+        let cutter = Cutter::new(Arc::clone(&shared.capture));
+        Self { shared, cutter, known_joined, joining: Vec::new(), empty: Vec::new() }
+    }
+
+    /// Keeps in the state directory which volumes points include, once the target has it.
+    fn note_joined(&mut self, durable: Position) {
+        let head = self.shared.capture.ring().head();
+        for volume in self.shared.capture.joined() {
+            if !self.known_joined.contains(&volume) && self.joining.iter().all(|(known, _)| *known != volume) {
+                self.joining.push((volume, head));
+            }
+        }
+        let mut grown = false;
+        self.joining.retain(|(volume, position)| {
+            let done = *position <= durable.0;
+            grown |= done && self.known_joined.insert(*volume);
+            !done
+        });
+        if grown {
+            let joined = self.known_joined.clone();
+            self.shared.update_state(|state| {
+                for volume in &mut state.volumes {
+                    volume.joined |= joined.contains(&VolumeIndex(volume.index));
+                }
+            });
+        }
+    }
+
+    /// Everything was compared and is in the stream: the next start need not do it again.
+    fn note_whole(&mut self) {
+        let group = &self.shared.capture;
+        let whole =
+            !group.event_open() && !group.ring().is_closed() && group.volumes().iter().all(|volume| volume.joined());
+        if whole && self.shared.compares_everything() {
+            self.shared.update_state(|state| state.compare_everything = false);
+        }
+    }
+}
+
+impl Capture for Hooks {
+    fn cut(&mut self, now: Now, wall: &dyn Fn() -> WallTime, slot_free: bool) {
+        for name in self.shared.take_bookmarks() {
+            // A closed ring makes no point; the asker looks at that itself and asks again.
+            if let Err(error) = self.cutter.bookmark(name.clone(), false) {
+                tracing::info!(%name, %error, "bookmark not cut");
+            }
+        }
+        while let Some(cut) = self.cutter.poll(now, wall(), slot_free) {
+            tracing::trace!(position = cut.position.0, "cut");
+            if self.cutter.poll_deadline(slot_free) != Some(Now(0)) {
+                break;
+            }
+        }
+        self.shared.take_alarms();
+    }
+
+    fn cut_deadline(&self, slot_free: bool) -> Option<Now> {
+        self.cutter.poll_deadline(slot_free)
+    }
+
+    fn reopen(&mut self, consumer: &mut Consumer, wall: WallTime) {
+        if self.shared.capture.reopen(consumer, wall).is_some() {
+            tracing::info!(group = %self.shared.name, "capture stream open again; resync of what is missing begins");
+        }
+    }
+
+    fn start_over(&mut self, consumer: &mut Consumer, incarnation: Incarnation, wall: WallTime, reason: &str) -> bool {
+        tracing::warn!(group = %self.shared.name, incarnation = incarnation.0, reason, "the stream starts over; everything is compared");
+        let recorded = self.shared.update_state(|state| {
+            state.incarnation = incarnation.0;
+            state.compare_everything = true;
+        });
+        if recorded {
+            // The ring keeps its own number; the stream's is in the streamer's state in it.
+            self.shared.capture.start_over(consumer, wall, |_| {});
+            self.joining.clear();
+        }
+        recorded
+    }
+
+    fn compare_everything(&mut self, reason: &str) -> bool {
+        tracing::warn!(group = %self.shared.name, reason, "everything is compared");
+        let recorded = self.shared.update_state(|state| state.compare_everything = true);
+        if recorded {
+            let capture = &self.shared.capture;
+            capture.begin_event();
+            for volume in capture.volumes() {
+                // The volume was in the group a moment ago; if it left meanwhile, nothing of it matters any more.
+                let _ = capture.resync(volume.index());
+            }
+        }
+        recorded
+    }
+
+    fn event(&mut self, event: StreamEvent) {
+        let group = self.shared.name.as_str();
+        let alarms = &self.shared.alarms;
+        match event {
+            StreamEvent::Greeted(welcome) => {
+                for volume in self.known_joined.clone() {
+                    if !welcome.joined.contains(&volume) {
+                        self.known_joined.remove(&volume);
+                        // Unknown only if the volume left the group meanwhile.
+                        let _ = self.shared.capture.unjoin(volume);
+                    }
+                }
+                self.empty = welcome.empty;
+                self.shared.update_state(|state| state.generation = welcome.generation.0);
+            }
+            StreamEvent::Live => {
+                alarms.clear(code::LINK_DOWN, group);
+                alarms.clear(code::REFUSED, group);
+                alarms.clear(code::PAUSED, group);
+                let from = Position(self.shared.capture.ring().freed());
+                self.shared.sync.tell(SyncOrder::Live { empty: self.empty.clone(), from });
+            }
+            StreamEvent::Durable(batch) => {
+                self.shared.sync.tell(SyncOrder::Durable(batch.end));
+                self.note_joined(batch.end);
+                if batch.recoverable {
+                    self.note_whole();
+                }
+                self.shared.points.note(&batch);
+            }
+            StreamEvent::Answers(answers) => self.shared.sync.tell(SyncOrder::Answers(answers)),
+            StreamEvent::Down { reason } => {
+                alarms.raise(code::LINK_DOWN, group, reason);
+                self.shared.sync.tell(SyncOrder::Break);
+            }
+            StreamEvent::Paused { reason } => alarms.raise(code::PAUSED, group, reason),
+            StreamEvent::Resumed => alarms.clear(code::PAUSED, group),
+            StreamEvent::Refused { code: RefuseCode::Replaced, detail } => {
+                alarms.raise(code::REFUSED, group, format!("another agent of this name took over: {detail}"));
+            }
+            StreamEvent::Refused { code: why, detail } => {
+                alarms.raise(code::REFUSED, group, format!("{why:?}: {detail}"));
+            }
+            StreamEvent::CompareEverything { .. } | StreamEvent::StartOver { .. } => {
+                unreachable!("the driver asks for these by calls of their own")
+            }
+        }
+        self.shared.points.poke();
+    }
+
+    fn unreachable(&mut self, reason: &str, fatal: bool) {
+        let text = if fatal { format!("{reason} (not before somebody acts)") } else { reason.to_owned() };
+        self.shared.alarms.raise(code::LINK_DOWN, self.shared.name.as_str(), text);
+    }
+}

@@ -1,0 +1,276 @@
+//! The state directory: what must survive the process and the host's reboot. One small checksummed TOML file per group,
+//! replaced atomically, and one bitmap file per volume with missing ranges. Layout: `docs/formats/state.md`.
+//!
+//! Crash safety (I4). `attached` is made durable before the first request is served and cleared only after a clean stop,
+//! when every write is either durable at the target or has a durable `missing` bit:
+//! 1. a crash while `attached`: the ring file, if it is still there and of this boot, holds what was not shipped; if it is
+//!    gone, everything is compared;
+//! 2. a crash between saving the bitmaps and clearing `attached`: as 1, the bitmaps are ignored, more is compared;
+//! 3. the incarnation is made durable before a ring of that incarnation exists, so none is used twice.
+
+use std::path::{Path, PathBuf};
+
+use farshore_proto::{Name, VaultId};
+use farshore_uring::{OpenMode, Storage, StorageFile, replace_file};
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+const FORMAT: u32 = 1;
+const IDENTITY: &str = "agent.toml";
+const GROUPS: &str = "groups";
+const BITMAP_MAGIC: &[u8; 8] = b"FSBITMP1";
+/// Longest state file that is read: far above a group of the most volumes.
+const STATE_BYTES_MAX: u64 = 1 << 20;
+/// Longest bitmap: a volume of 64 TiB.
+const BITMAP_BYTES_MAX: u64 = 128 << 20;
+
+/// Whose state this is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Owner {
+    format: u32,
+    vault: String,
+    host: String,
+}
+
+/// What is kept of a group.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupState {
+    /// Layout version.
+    pub format: u32,
+    /// Line of history.
+    pub generation: u32,
+    /// Life of the stream, as its batches say.
+    pub incarnation: u64,
+    /// Number of the newest ring file.
+    pub ring: u64,
+    /// Requests are, or were when the host went down, served through the filter.
+    pub attached: bool,
+    /// A difference between source and replica is possible anywhere: compare everything, whatever else this file says.
+    pub compare_everything: bool,
+    /// Number of the last batch known to be durable at the target.
+    pub last_number: u64,
+    /// Its chain hash, hexadecimal.
+    pub last_chain: String,
+    /// Number of the next volume.
+    pub next_volume: u16,
+    /// Protected volumes.
+    #[serde(default, rename = "volume")]
+    pub volumes: Vec<VolumeState>,
+    /// Volumes that left. The target keeps their history under these numbers, so one of the same name gets its number again.
+    #[serde(default, rename = "left")]
+    pub left: Vec<VolumeState>,
+}
+
+/// What is kept of a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeState {
+    /// Number in the group.
+    pub index: u16,
+    /// Name in the group.
+    pub name: String,
+    /// Block device or image file.
+    pub source: PathBuf,
+    /// What tells whether it is still the same device.
+    pub identity: String,
+    /// Bytes.
+    pub size: u64,
+    /// Logical block in bytes.
+    pub block: u32,
+    /// `nbd+unix:PATH` or `nbd+tcp:ADDR`.
+    pub frontend: String,
+    /// Its initial sync ended: points include it.
+    pub joined: bool,
+}
+
+impl GroupState {
+    /// A group without volumes.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            format: FORMAT,
+            generation: 0,
+            incarnation: 0,
+            ring: 0,
+            attached: false,
+            compare_everything: false,
+            last_number: 0,
+            last_chain: "00".repeat(32),
+            next_volume: 0,
+            volumes: Vec::new(),
+            left: Vec::new(),
+        }
+    }
+}
+
+impl Default for GroupState {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The state directory of one agent.
+#[derive(Clone)]
+pub struct StateDir<S> {
+    storage: S,
+    shown: PathBuf,
+}
+
+impl<S: Storage> StateDir<S> {
+    /// Opens the directory, or makes it the state of `host` in `vault` if it is empty. `shown` is its path, for messages.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for the state of another host or vault; [`Error::State`] for a damaged or newer file.
+    pub fn open(storage: S, shown: &Path, vault: VaultId, host: &Name) -> Result<Self> {
+        let state = Self { storage, shown: shown.to_owned() };
+        state.storage.create_dir_all(Path::new(GROUPS)).map_err(|e| Error::io("create state folder", shown, e))?;
+        let ours = Owner { format: FORMAT, vault: vault.to_string(), host: host.to_string() };
+        match state.read_document::<Owner>(Path::new(IDENTITY))? {
+            None => state.write_document(Path::new(IDENTITY), &ours)?,
+            Some(owner) if owner.format != FORMAT => {
+                return Err(
+                    state.damaged(IDENTITY, format!("is of format {}, this build reads {FORMAT}", owner.format))
+                );
+            }
+            Some(owner) if owner != ours => {
+                return Err(Error::Refused {
+                    what: format!("state directory {}", shown.display()),
+                    reason: format!("belongs to host {} of vault {}", owner.host, owner.vault),
+                    hint: "give each agent a state directory of its own (--state)".into(),
+                });
+            }
+            Some(_) => {}
+        }
+        Ok(state)
+    }
+
+    /// Names of the groups that have state.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn groups(&self) -> Result<Vec<Name>> {
+        let names = self.storage.list(Path::new(GROUPS)).map_err(|e| Error::io("list groups in", &self.shown, e))?;
+        names
+            .iter()
+            .filter(|path| path.extension().is_some_and(|extension| extension == "toml"))
+            .filter_map(|path| path.file_stem()?.to_str())
+            .map(|stem| Name::new(stem).map_err(Error::from))
+            .collect()
+    }
+
+    /// Reads a group's state; `None` if there is none yet.
+    ///
+    /// # Errors
+    /// [`Error::State`] for a damaged file: the caller must not guess.
+    pub fn read_group(&self, group: &Name) -> Result<Option<GroupState>> {
+        let path = group_file(group);
+        let state: Option<GroupState> = self.read_document(&path)?;
+        match state {
+            Some(state) if state.format != FORMAT => {
+                Err(self.damaged(&path, format!("is of format {}, this build reads {FORMAT}", state.format)))
+            }
+            other => Ok(other),
+        }
+    }
+
+    /// Replaces a group's state, durably.
+    ///
+    /// # Errors
+    /// When it cannot be written; the old state is kept then.
+    pub fn write_group(&self, group: &Name, state: &GroupState) -> Result<()> {
+        self.write_document(&group_file(group), state)
+    }
+
+    /// Removes a group's state.
+    ///
+    /// # Errors
+    /// When the file cannot be removed.
+    pub fn remove_group(&self, group: &Name) -> Result<()> {
+        let path = group_file(group);
+        let removed = self.storage.remove(&path).and_then(|()| self.storage.sync_dir(Path::new(GROUPS)));
+        removed.map_err(|e| Error::io("remove", &self.shown.join(path), e))
+    }
+
+    /// Saves the slots with a bit set, durably.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write_bitmap(&self, group: &Name, volume: u16, words: &[u64]) -> Result<()> {
+        let mut bytes = BITMAP_MAGIC.to_vec();
+        bytes.extend_from_slice(&(words.len() as u64).to_le_bytes());
+        for word in words {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+        let hash = *blake3::hash(&bytes).as_bytes();
+        bytes.extend_from_slice(&hash);
+        let path = bitmap_file(group, volume);
+        replace_file(&self.storage, &path, &bytes).map_err(|e| Error::io("write", &self.shown.join(path), e))
+    }
+
+    /// Reads what [`Self::write_bitmap`] saved; `None` if nothing was.
+    ///
+    /// # Errors
+    /// [`Error::State`] for a damaged file: the caller compares everything.
+    pub fn read_bitmap(&self, group: &Name, volume: u16) -> Result<Option<Vec<u64>>> {
+        let path = bitmap_file(group, volume);
+        let Some(bytes) = self.read_bytes(&path, BITMAP_BYTES_MAX + 48)? else { return Ok(None) };
+        let whole = bytes.split_last_chunk::<32>().filter(|(body, hash)| blake3::hash(body).as_bytes() == *hash);
+        let words = whole.and_then(|(body, _)| {
+            let words = body.strip_prefix(BITMAP_MAGIC)?.get(8..)?;
+            let count = u64::from_le_bytes(body.get(8..16)?.try_into().ok()?);
+            (words.len() as u64 == count.checked_mul(8)?).then(|| {
+                words.chunks_exact(8).map(|w| u64::from_le_bytes(w.try_into().expect("chunks of eight"))).collect()
+            })
+        });
+        words.map(Some).ok_or_else(|| self.damaged(path, "checksum differs".into()))
+    }
+
+    fn damaged(&self, path: impl AsRef<Path>, reason: String) -> Error {
+        Error::State { path: self.shown.join(path), reason }
+    }
+
+    fn read_bytes(&self, path: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
+        let read = || -> std::io::Result<Option<Vec<u8>>> {
+            if !self.storage.exists(path)? {
+                return Ok(None);
+            }
+            let file = self.storage.open(path, OpenMode::Read)?;
+            let len = file.len()?;
+            if len > limit {
+                return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, "is longer than such a file can be"));
+            }
+            let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+            file.read_at(&mut bytes, 0)?;
+            Ok(Some(bytes))
+        };
+        read().map_err(|e| Error::io("read", &self.shown.join(path), e))
+    }
+
+    /// A document is TOML behind a first line with the hash of the rest.
+    fn read_document<T: serde::de::DeserializeOwned>(&self, path: &Path) -> Result<Option<T>> {
+        let Some(bytes) = self.read_bytes(path, STATE_BYTES_MAX)? else { return Ok(None) };
+        let text = String::from_utf8(bytes).map_err(|_| self.damaged(path, "is not text".into()))?;
+        let (first, body) = text.split_once('\n').unwrap_or((&text, ""));
+        if first.strip_prefix("# blake3 ") != Some(blake3::hash(body.as_bytes()).to_hex().as_str()) {
+            return Err(self.damaged(path, "checksum differs".into()));
+        }
+        toml::from_str(body).map(Some).map_err(|error| self.damaged(path, error.message().into()))
+    }
+
+    fn write_document<T: Serialize>(&self, path: &Path, value: &T) -> Result<()> {
+        let body = toml::to_string(value).map_err(|error| self.damaged(path, error.to_string()))?;
+        let text = format!("# blake3 {}\n{body}", blake3::hash(body.as_bytes()).to_hex());
+        replace_file(&self.storage, path, text.as_bytes()).map_err(|e| Error::io("write", &self.shown.join(path), e))
+    }
+}
+
+fn group_file(group: &Name) -> PathBuf {
+    PathBuf::from(GROUPS).join(format!("{group}.toml"))
+}
+
+fn bitmap_file(group: &Name, volume: u16) -> PathBuf {
+    PathBuf::from(GROUPS).join(format!("{group}.{volume}.missing"))
+}

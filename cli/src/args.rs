@@ -1,0 +1,449 @@
+//! The command line: names and flags only. What each command does lies in the module of its name.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use farshore_proto::text::parse_size;
+
+/// Continuous data protection and disaster recovery for Linux block devices.
+#[derive(Debug, Parser)]
+#[command(name = "farshore", version, propagate_version = true, max_term_width = 110)]
+pub(crate) struct Cli {
+    /// Print JSON instead of text.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Both sites on loopback: protect a volume, run real writes, break things, recover, check every byte.
+    #[command(after_help = "Example:\n  farshore demo --size 256MiB --seconds 20")]
+    Demo(DemoArgs),
+    /// Make a vault and issue identities.
+    #[command(subcommand)]
+    Vault(VaultCommand),
+    /// The daemon on a protected host.
+    #[command(subcommand)]
+    Agent(AgentCommand),
+    /// The daemon of the second site.
+    #[command(subcommand)]
+    Target(TargetCommand),
+
+    /// Protect a block device or image file (agent).
+    #[command(
+        after_help = "Example:\n  farshore protect /srv/db.img --group db --frontend nbd+unix:/run/farshore/db.sock"
+    )]
+    Protect {
+        /// Block device or image file.
+        source: PathBuf,
+        /// Volumes of one group share recovery points.
+        #[arg(long)]
+        group: String,
+        /// Name of the volume in the group; default: the source's file name.
+        #[arg(long)]
+        name: Option<String>,
+        /// How the guest reaches the volume: nbd+unix:PATH or nbd+tcp:ADDR.
+        #[arg(long)]
+        frontend: Option<String>,
+        #[command(flatten)]
+        socket: AgentSocket,
+    },
+    /// End the protection of a volume; its history at the target stays (agent).
+    #[command(after_help = "Example:\n  farshore unprotect db")]
+    Unprotect {
+        /// Volume, as GROUP/VOLUME or just its name where that is unique.
+        volume: String,
+        #[command(flatten)]
+        socket: AgentSocket,
+    },
+    /// List protected volumes (agent).
+    #[command(after_help = "Example:\n  farshore volumes --json")]
+    Volumes {
+        #[command(flatten)]
+        socket: AgentSocket,
+    },
+    /// Show how protection stands (agent).
+    #[command(after_help = "Example:\n  farshore status db --watch")]
+    Status {
+        /// Only this group.
+        group: Option<String>,
+        /// Print again every second.
+        #[arg(long)]
+        watch: bool,
+        #[command(flatten)]
+        socket: AgentSocket,
+    },
+    /// Name a recovery point; returns when it is durable at the target (agent).
+    #[command(after_help = "Example:\n  farshore bookmark db before-upgrade")]
+    Bookmark {
+        /// Group.
+        group: String,
+        /// Name of the point.
+        name: String,
+        /// Give up after so many seconds.
+        #[arg(long, default_value_t = 60.0)]
+        timeout: f64,
+        #[command(flatten)]
+        socket: AgentSocket,
+    },
+    /// Wait until all that was written so far is a recovery point at the target (agent).
+    #[command(after_help = "Example:\n  farshore wait db --timeout 30")]
+    Wait {
+        /// Group.
+        group: String,
+        /// Give up after so many seconds.
+        #[arg(long)]
+        timeout: Option<f64>,
+        #[command(flatten)]
+        socket: AgentSocket,
+    },
+    /// Compare a whole volume with its replica and send what differs (agent).
+    #[command(after_help = "Example:\n  farshore resync db")]
+    Resync {
+        /// Volume.
+        volume: String,
+        #[command(flatten)]
+        socket: AgentSocket,
+    },
+    /// List what needs attention (agent, or target with --target).
+    #[command(after_help = "Example:\n  farshore alarms")]
+    Alarms {
+        /// Ask the target instead of the agent.
+        #[arg(long)]
+        target: bool,
+        /// Admin socket of that daemon.
+        #[arg(long)]
+        socket: Option<PathBuf>,
+    },
+
+    /// List the groups that the target keeps (target).
+    #[command(after_help = "Example:\n  farshore groups --json")]
+    Groups {
+        #[command(flatten)]
+        socket: TargetSocket,
+    },
+    /// Say which hosts may write a group (target).
+    #[command(subcommand)]
+    Group(GroupCommand),
+    /// List recovery points (target).
+    #[command(after_help = "Example:\n  farshore points db --from 2026-01-31T08:00:00Z")]
+    Points {
+        /// Group.
+        group: String,
+        /// Not before this RFC 3339 time.
+        #[arg(long)]
+        from: Option<String>,
+        /// Not after this RFC 3339 time.
+        #[arg(long)]
+        to: Option<String>,
+        #[command(flatten)]
+        socket: TargetSocket,
+    },
+    /// Keep a point from retention (target).
+    #[command(subcommand)]
+    Hold(HoldCommand),
+    /// Open recovery points as block devices (target).
+    #[command(subcommand)]
+    View(ViewCommand),
+    /// Copy a recovery point out (target).
+    #[command(after_help = "Example:\n  farshore restore db/data --at latest --out /srv/restored.img")]
+    Restore {
+        /// GROUP/VOLUME.
+        volume: String,
+        /// latest, bookmark:NAME, a point id, or an RFC 3339 time.
+        #[arg(long)]
+        at: String,
+        /// File (made new) or block device (overwritten).
+        #[arg(long)]
+        out: PathBuf,
+        #[command(flatten)]
+        socket: TargetSocket,
+    },
+    /// How long history is kept (target).
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// Look into journal files.
+    #[command(subcommand)]
+    Journal(JournalCommand),
+    /// Measure the published figures.
+    #[command(after_help = "Example:\n  farshore bench list\n  farshore bench guest --seconds 60 --dir /mnt/scratch")]
+    Bench(crate::bench::BenchArgs),
+}
+
+/// Where the agent's daemon listens.
+#[derive(Debug, Args)]
+pub(crate) struct AgentSocket {
+    /// Admin socket of the agent.
+    #[arg(long = "socket", env = "FARSHORE_AGENT_SOCKET", default_value = "/run/farshore/agent.sock")]
+    pub agent: PathBuf,
+}
+
+/// Where the target's daemon listens.
+#[derive(Debug, Args)]
+pub(crate) struct TargetSocket {
+    /// Admin socket of the target.
+    #[arg(long = "socket", env = "FARSHORE_TARGET_SOCKET", default_value = "/run/farshore/target.sock")]
+    pub target: PathBuf,
+}
+
+/// Arguments of `demo`.
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Work here instead of in a temporary folder.
+    #[arg(long)]
+    pub dir: Option<PathBuf>,
+    /// Size of the protected volume.
+    #[arg(long, default_value = "256MiB", value_parser = parse_size)]
+    pub size: u64,
+    /// How long to write.
+    #[arg(long, default_value_t = 20)]
+    pub seconds: u64,
+    /// Keep the folder.
+    #[arg(long)]
+    pub keep: bool,
+}
+
+/// `vault …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum VaultCommand {
+    /// Make a new vault: certificate authority and data key.
+    #[command(after_help = "Example:\n  farshore vault init /srv/vault --name acme")]
+    Init {
+        /// Folder; must not hold a vault yet.
+        dir: PathBuf,
+        /// Name of the vault.
+        #[arg(long, default_value = "vault")]
+        name: String,
+    },
+    /// Issue an identity bundle.
+    #[command(after_help = "Example:\n  farshore vault issue /srv/vault --role agent --name db1 --out db1.bundle")]
+    Issue {
+        /// The vault's folder.
+        dir: PathBuf,
+        /// agent, relay, target, control or operator.
+        #[arg(long)]
+        role: String,
+        /// Name of the host or person.
+        #[arg(long)]
+        name: String,
+        /// File to write, readable by its owner only.
+        #[arg(long)]
+        out: PathBuf,
+        /// Days until it expires.
+        #[arg(long, default_value_t = 365)]
+        days: u32,
+    },
+}
+
+/// `agent …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum AgentCommand {
+    /// Run the daemon.
+    #[command(
+        after_help = "Example:\n  farshore agent run --identity db1.bundle --state /var/lib/farshore/agent --upstream dr.example:7400"
+    )]
+    Run(AgentRun),
+}
+
+/// Flags of `agent run`; each can stand in the configuration file.
+#[derive(Debug, Args)]
+pub(crate) struct AgentRun {
+    /// Identity bundle.
+    #[arg(long)]
+    pub identity: Option<PathBuf>,
+    /// State directory.
+    #[arg(long)]
+    pub state: Option<PathBuf>,
+    /// HOST:PORT of a target.
+    #[arg(long)]
+    pub upstream: Option<String>,
+    /// Size of each group's ring.
+    #[arg(long, value_parser = parse_size)]
+    pub ring: Option<u64>,
+    /// Folder for ring files (a tmpfs).
+    #[arg(long)]
+    pub ring_dir: Option<PathBuf>,
+    /// Admin socket.
+    #[arg(long, env = "FARSHORE_AGENT_SOCKET")]
+    pub socket: Option<PathBuf>,
+    /// Configuration file.
+    #[arg(long)]
+    pub config: Option<PathBuf>,
+}
+
+/// `target …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum TargetCommand {
+    /// Run the daemon.
+    #[command(
+        after_help = "Example:\n  farshore target run --identity dr.bundle --data /srv/farshore --listen 0.0.0.0:7400"
+    )]
+    Run(TargetRun),
+}
+
+/// Flags of `target run`; each can stand in the configuration file.
+#[derive(Debug, Args)]
+pub(crate) struct TargetRun {
+    /// Identity bundle.
+    #[arg(long)]
+    pub identity: Option<PathBuf>,
+    /// Data directory.
+    #[arg(long)]
+    pub data: Option<PathBuf>,
+    /// Address to listen on (UDP).
+    #[arg(long)]
+    pub listen: Option<String>,
+    /// Admin socket.
+    #[arg(long, env = "FARSHORE_TARGET_SOCKET")]
+    pub socket: Option<PathBuf>,
+    /// Configuration file.
+    #[arg(long)]
+    pub config: Option<PathBuf>,
+}
+
+/// `group …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum GroupCommand {
+    /// Let a host write a group.
+    #[command(after_help = "Example:\n  farshore group add db db1")]
+    Add {
+        /// Group.
+        group: String,
+        /// Host.
+        host: String,
+        #[command(flatten)]
+        socket: TargetSocket,
+    },
+    /// No longer let a host write a group; its history stays.
+    #[command(after_help = "Example:\n  farshore group remove db db1")]
+    Remove {
+        /// Group.
+        group: String,
+        /// Host.
+        host: String,
+        /// Even if the host is connected now.
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        socket: TargetSocket,
+    },
+}
+
+/// `hold …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum HoldCommand {
+    /// Keep a point.
+    #[command(after_help = "Example:\n  farshore hold add db bookmark:before-upgrade")]
+    Add {
+        /// Group.
+        group: String,
+        /// Point.
+        point: String,
+        #[command(flatten)]
+        socket: TargetSocket,
+    },
+    /// Let a point go.
+    #[command(after_help = "Example:\n  farshore hold remove db bookmark:before-upgrade")]
+    Remove {
+        /// Group.
+        group: String,
+        /// Point.
+        point: String,
+        #[command(flatten)]
+        socket: TargetSocket,
+    },
+    /// List holds.
+    #[command(after_help = "Example:\n  farshore hold list db")]
+    List {
+        /// Group.
+        group: String,
+        #[command(flatten)]
+        socket: TargetSocket,
+    },
+}
+
+/// `view …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum ViewCommand {
+    /// Open a point; prints one URI per volume.
+    #[command(after_help = "Example:\n  farshore view open db --at latest --export nbd+unix:/run/farshore/views")]
+    Open {
+        /// Group.
+        group: String,
+        /// latest, bookmark:NAME, a point id, or an RFC 3339 time.
+        #[arg(long)]
+        at: String,
+        /// nbd+unix:DIR (a socket per volume) or nbd+tcp:ADDR.
+        #[arg(long)]
+        export: Option<String>,
+        /// Refuse writes.
+        #[arg(long)]
+        read_only: bool,
+        #[command(flatten)]
+        socket: TargetSocket,
+    },
+    /// List open views.
+    #[command(after_help = "Example:\n  farshore view list")]
+    List {
+        #[command(flatten)]
+        socket: TargetSocket,
+    },
+    /// Close a view and drop what was written to it.
+    #[command(after_help = "Example:\n  farshore view close v1")]
+    Close {
+        /// The view's id.
+        id: String,
+        #[command(flatten)]
+        socket: TargetSocket,
+    },
+}
+
+/// `policy …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum PolicyCommand {
+    /// Show a group's policy.
+    #[command(after_help = "Example:\n  farshore policy show db")]
+    Show {
+        /// Group.
+        group: String,
+        #[command(flatten)]
+        socket: TargetSocket,
+    },
+    /// Change a group's policy: keep=DURATION, size_limit=SIZE.
+    #[command(after_help = "Example:\n  farshore policy set db keep=24h size_limit=200GiB")]
+    Set {
+        /// Group.
+        group: String,
+        /// KEY=VALUE pairs.
+        #[arg(required = true)]
+        settings: Vec<String>,
+        #[command(flatten)]
+        socket: TargetSocket,
+    },
+}
+
+/// `journal …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum JournalCommand {
+    /// Print what a journal holds.
+    #[command(after_help = "Example:\n  farshore journal dump /srv/farshore/vault/groups/db/db1/journal")]
+    Dump {
+        /// Segment file or journal folder.
+        path: PathBuf,
+    },
+    /// Check every byte of a journal.
+    #[command(
+        after_help = "Example:\n  farshore journal verify /srv/farshore/vault/groups/db/db1/journal --identity dr.bundle"
+    )]
+    Verify {
+        /// Segment file or journal folder.
+        path: PathBuf,
+        /// Identity bundle of a target: also opens every record list and checks the chain.
+        #[arg(long)]
+        identity: Option<PathBuf>,
+    },
+}

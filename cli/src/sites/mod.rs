@@ -1,0 +1,369 @@
+//! Both sites on one machine, as separate processes of this binary: for the demonstration, the benchmarks and the
+//! end-to-end tests. The link goes through a small UDP relay, so that it can be cut and healed.
+
+mod relay;
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use farshore_link::identity::Vault;
+use farshore_proto::{Name, Role};
+use serde_json::{Value, json};
+
+use crate::client::Daemon;
+pub use relay::UdpRelay;
+
+/// How long a daemon may take until its admin socket answers: a target replays its journal first.
+const START_LIMIT: Duration = Duration::from_secs(60);
+/// How long a daemon may take to stop cleanly.
+const STOP_LIMIT: Duration = Duration::from_secs(60);
+
+/// Name of the protected host.
+pub const HOST: &str = "source";
+
+/// Settings of a pair of sites.
+#[derive(Debug, Clone)]
+pub struct SitesConfig {
+    /// The `farshore` binary.
+    pub binary: PathBuf,
+    /// Folder for everything; must exist.
+    pub dir: PathBuf,
+    /// Folder of the target's data; none: below `dir`.
+    pub target_data: Option<PathBuf>,
+    /// Bytes of the ring.
+    pub ring: u64,
+    /// More lines of the agent's configuration file.
+    pub agent_toml: String,
+    /// More lines of the target's configuration file.
+    pub target_toml: String,
+    /// The agent talks to the target itself, not through the relay that can be cut.
+    pub direct_link: bool,
+    /// Value of `RUST_LOG` of both daemons.
+    pub log: String,
+}
+
+impl SitesConfig {
+    /// Defaults in `dir`, running `binary`.
+    #[must_use]
+    pub fn new(binary: impl Into<PathBuf>, dir: impl Into<PathBuf>) -> Self {
+        Self {
+            binary: binary.into(),
+            dir: dir.into(),
+            target_data: None,
+            ring: 64 << 20,
+            direct_link: false,
+            agent_toml: String::new(),
+            target_toml: String::new(),
+            log: "info".into(),
+        }
+    }
+}
+
+/// An agent and a target on loopback. Dropping it kills both.
+pub struct Sites {
+    config: SitesConfig,
+    relay: UdpRelay,
+    target_port: u16,
+    target: Option<Process>,
+    agent: Option<Process>,
+}
+
+struct Process {
+    name: &'static str,
+    child: Child,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Sites {
+    /// Makes a vault and identities in the folder, and starts target and agent.
+    ///
+    /// # Errors
+    /// When a daemon does not come up; with the end of its log.
+    pub fn start(config: SitesConfig) -> Result<Self> {
+        let vault = Vault::init(&config.dir.join("vault"), Name::new("demo")?).context("make a vault")?;
+        for (role, name) in [(Role::Agent, HOST), (Role::Target, "second-site")] {
+            let bundle = vault.issue(role, Name::new(name)?, 30).context("issue an identity")?;
+            bundle.write(&config.dir.join(format!("{role}.bundle"))).context("write an identity")?;
+        }
+        let target_port = free_udp_port()?;
+        let relay = UdpRelay::start(([127, 0, 0, 1], target_port).into()).context("start the link's relay")?;
+        let mut sites = Self { config, relay, target_port, target: None, agent: None };
+        sites.start_target()?;
+        sites.start_agent()?;
+        Ok(sites)
+    }
+
+    /// Starts the target.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn start_target(&mut self) -> Result<()> {
+        let file = self.path("target.toml");
+        let data = self.config.target_data.clone().unwrap_or_else(|| self.path("target"));
+        let text = format!(
+            "identity = {:?}\ndata = {:?}\nlisten = \"127.0.0.1:{}\"\nsocket = {:?}\n{}",
+            self.path("target.bundle"),
+            data,
+            self.target_port,
+            self.target_socket(),
+            self.config.target_toml
+        );
+        std::fs::write(&file, text).context("write the target's configuration")?;
+        self.target = Some(self.spawn("target", &file)?);
+        self.wait_for("target")
+    }
+
+    /// Starts the agent.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn start_agent(&mut self) -> Result<()> {
+        let file = self.path("agent.toml");
+        let text = format!(
+            "identity = {:?}\nstate = {:?}\nupstream = \"127.0.0.1:{}\"\nsocket = {:?}\nring = {}\nring_dir = {:?}\n{}",
+            self.path("agent.bundle"),
+            self.path("agent"),
+            if self.config.direct_link { self.target_port } else { self.relay.port() },
+            self.agent_socket(),
+            self.config.ring,
+            self.ring_dir()?,
+            self.config.agent_toml
+        );
+        std::fs::write(&file, text).context("write the agent's configuration")?;
+        self.agent = Some(self.spawn("agent", &file)?);
+        self.wait_for("agent")
+    }
+
+    /// Where ring files are kept: a tmpfs folder of these sites alone.
+    fn ring_dir(&self) -> Result<PathBuf> {
+        let mark = self.config.dir.to_string_lossy().replace('/', "_");
+        let dir = Path::new("/dev/shm").join(format!("farshore{mark}"));
+        std::fs::create_dir_all(&dir).context("make a folder for the ring")?;
+        Ok(dir)
+    }
+
+    fn spawn(&self, role: &'static str, config: &Path) -> Result<Process> {
+        let mut child = Command::new(&self.config.binary)
+            .args([role, "run", "--config"])
+            .arg(config)
+            .env("RUST_LOG", &self.config.log)
+            .env_remove("FARSHORE_AGENT_SOCKET")
+            .env_remove("FARSHORE_TARGET_SOCKET")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("start {} {role}", self.config.binary.display()))?;
+        let stderr = child.stderr.take().context("take the daemon's log")?;
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let lines = Arc::clone(&log);
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(std::result::Result::ok) {
+                lines.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+            }
+        });
+        Ok(Process { name: role, child, log })
+    }
+
+    fn wait_for(&mut self, role: &'static str) -> Result<()> {
+        let begin = Instant::now();
+        loop {
+            let process = if role == "agent" { self.agent.as_mut() } else { self.target.as_mut() };
+            let process = process.context("the daemon was started")?;
+            if let Some(status) = process.child.try_wait().context("look at the daemon")? {
+                bail!("{role} ended at once ({status}):\n{}", process.tail());
+            }
+            let answers = if role == "agent" {
+                self.agent().get("/v1/status").is_ok()
+            } else {
+                self.target().get("/v1/groups").is_ok()
+            };
+            if answers {
+                return Ok(());
+            }
+            ensure!(begin.elapsed() < START_LIMIT, "{role} does not answer on its socket");
+            pause(Duration::from_millis(20));
+        }
+    }
+
+    /// The agent's API.
+    #[must_use]
+    pub fn agent(&self) -> Daemon {
+        Daemon::agent(self.agent_socket())
+    }
+
+    /// The target's API.
+    #[must_use]
+    pub fn target(&self) -> Daemon {
+        Daemon::target(self.target_socket())
+    }
+
+    /// Path of the agent's admin socket.
+    #[must_use]
+    pub fn agent_socket(&self) -> PathBuf {
+        self.path("agent.sock")
+    }
+
+    /// Path of the target's admin socket.
+    #[must_use]
+    pub fn target_socket(&self) -> PathBuf {
+        self.path("target.sock")
+    }
+
+    /// A path in the folder.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.config.dir.join(name)
+    }
+
+    /// The link between the sites.
+    #[must_use]
+    pub fn link(&self) -> &UdpRelay {
+        &self.relay
+    }
+
+    /// Protects `source` as `group`/`name` on a unix socket and gives that socket's path.
+    ///
+    /// # Errors
+    /// The agent's.
+    pub fn protect(&self, source: &Path, group: &str, name: &str) -> Result<PathBuf> {
+        let socket = self.path(&format!("{group}-{name}.nbd"));
+        let frontend = format!("nbd+unix:{}", socket.display());
+        let body = json!({ "source": source, "group": group, "name": name, "frontend": frontend });
+        self.agent().post("/v1/protect", &body)?;
+        Ok(socket)
+    }
+
+    /// Waits until all written so far is a recovery point; gives the point.
+    ///
+    /// # Errors
+    /// The agent's, also when the time is over.
+    pub fn wait(&self, group: &str, seconds: u64) -> Result<Value> {
+        self.agent().post("/v1/wait", &json!({ "group": group, "timeout_s": seconds }))
+    }
+
+    /// Opens a view; gives the answer of the target.
+    ///
+    /// # Errors
+    /// The target's.
+    pub fn open_view(&self, group: &str, at: &str, read_only: bool) -> Result<Value> {
+        let export = format!("nbd+unix:{}", self.path("views").display());
+        self.target()
+            .post("/v1/view/open", &json!({ "group": group, "at": at, "export": export, "read_only": read_only }))
+    }
+
+    /// Closes a view.
+    ///
+    /// # Errors
+    /// The target's.
+    pub fn close_view(&self, view: &Value) -> Result<()> {
+        self.target().post("/v1/view/close", &json!({ "id": view["id"] })).map(drop)
+    }
+
+    /// `kill -9` of the agent.
+    pub fn kill_agent(&mut self) {
+        if let Some(mut process) = self.agent.take() {
+            process.kill();
+        }
+    }
+
+    /// `kill -9` of the target.
+    pub fn kill_target(&mut self) {
+        if let Some(mut process) = self.target.take() {
+            process.kill();
+        }
+    }
+
+    /// Stops the agent cleanly.
+    ///
+    /// # Errors
+    /// When it does not stop, or says that it failed.
+    pub fn stop_agent(&mut self) -> Result<()> {
+        self.agent.take().map_or(Ok(()), Process::stop)
+    }
+
+    /// Stops the target cleanly.
+    ///
+    /// # Errors
+    /// When it does not stop, or says that it failed.
+    pub fn stop_target(&mut self) -> Result<()> {
+        self.target.take().map_or(Ok(()), Process::stop)
+    }
+
+    /// Process id of the agent.
+    #[must_use]
+    pub fn agent_pid(&self) -> Option<u32> {
+        self.agent.as_ref().map(|process| process.child.id())
+    }
+
+    /// Process id of the target.
+    #[must_use]
+    pub fn target_pid(&self) -> Option<u32> {
+        self.target.as_ref().map(|process| process.child.id())
+    }
+
+    /// Log lines of both daemons that now run, for the message of a failed check.
+    #[must_use]
+    pub fn logs(&self) -> Vec<String> {
+        [&self.agent, &self.target].into_iter().flatten().flat_map(Process::lines).collect()
+    }
+}
+
+impl Drop for Sites {
+    fn drop(&mut self) {
+        self.kill_agent();
+        self.kill_target();
+        if let Ok(dir) = self.ring_dir() {
+            // Best effort: a tmpfs folder of our own.
+            let _ = std::fs::remove_dir_all(dir);
+        }
+    }
+}
+
+impl Process {
+    fn lines(&self) -> Vec<String> {
+        let lines = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.iter().map(|line| format!("{}: {line}", self.name)).collect()
+    }
+
+    fn tail(&self) -> String {
+        let lines = self.lines();
+        lines[lines.len().saturating_sub(15)..].join("\n")
+    }
+
+    fn kill(&mut self) {
+        // Both fail only for a process that has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    fn stop(mut self) -> Result<()> {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).context("process id")?);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).context("ask the daemon to stop")?;
+        let begin = Instant::now();
+        while begin.elapsed() < STOP_LIMIT {
+            if let Some(status) = self.child.try_wait().context("look at the daemon")? {
+                ensure!(status.success(), "{} stopped with {status}:\n{}", self.name, self.tail());
+                return Ok(());
+            }
+            pause(Duration::from_millis(10));
+        }
+        let tail = self.tail();
+        self.kill();
+        bail!("{} did not stop within {STOP_LIMIT:?}:\n{tail}", self.name)
+    }
+}
+
+/// Waits a moment before looking again at another process.
+pub fn pause(time: Duration) {
+    std::thread::sleep(time);
+}
+
+fn free_udp_port() -> Result<u16> {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").context("find a free port")?;
+    Ok(socket.local_addr().context("read the port")?.port())
+}

@@ -1,0 +1,187 @@
+use farshore_uring::sim::{SimRng, SimStorage, World, is_crash};
+
+use super::*;
+
+const SIZE: u64 = 9 * SLOT_BYTES + 4096;
+
+fn decl(size: u64) -> VolumeDecl {
+    VolumeDecl { index: VolumeIndex(2), name: Name::new("vol").expect("a name"), size, block: 512 }
+}
+
+fn open(storage: &SimStorage) -> Result<Base<SimStorage>> {
+    Base::open_or_create(storage.clone(), PathBuf::from("base"), &decl(SIZE))
+}
+
+fn crashed(error: &Error) -> bool {
+    let source = std::error::Error::source(error).and_then(|source| source.downcast_ref::<std::io::Error>());
+    source.is_some_and(is_crash)
+}
+
+/// One random change; the model follows.
+fn change(base: &Base<SimStorage>, rng: &mut SimRng, model: &mut [u8]) -> Result<()> {
+    let first = rng.below(SIZE / 512);
+    let most = if rng.chance(1, 4) { 600 } else { 40 };
+    let count = 1 + rng.below((SIZE / 512 - first).min(most));
+    let (offset, len) = (first * 512, count * 512);
+    let range = usize::try_from(offset).expect("small")..usize::try_from(offset + len).expect("small");
+    if rng.chance(1, 4) {
+        model[range].fill(0);
+        return base.zero_unjoined(offset, len);
+    }
+    let mut bytes = vec![0; range.len()];
+    rng.fill(&mut bytes);
+    model[range].copy_from_slice(&bytes);
+    base.write_unjoined(offset, &bytes)
+}
+
+fn read_all(base: &Base<SimStorage>) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; usize::try_from(SIZE).expect("small")];
+    base.read(0, &mut bytes)?;
+    Ok(bytes)
+}
+
+/// Goal: after a crash at any call every sector is as at the last flush or as written since, nothing reads as damaged, and what
+/// is written again is there.
+#[test]
+fn crashes_leave_old_or_new_sectors() {
+    for seed in 0..150 {
+        let mut world = World::new(seed);
+        let storage = world.storage();
+        let mut rng = world.rng().fork();
+        let mut model = vec![0u8; usize::try_from(SIZE).expect("small")];
+        let mut versions = vec![model.clone()];
+        storage.crash_at(Some(rng.below(400)));
+        let run = |model: &mut Vec<u8>, versions: &mut Vec<Vec<u8>>, rng: &mut SimRng| -> Result<()> {
+            let base = open(&storage)?;
+            for _ in 0..60 {
+                versions.push(model.clone());
+                let mut next = model.clone();
+                let done = change(&base, rng, &mut next);
+                model.clone_from(&next);
+                versions.push(next);
+                done?;
+                if rng.chance(1, 6) {
+                    base.flush()?;
+                    versions.clear();
+                    versions.push(model.clone());
+                }
+                assert_eq!(read_all(&base)?, *model, "seed {seed}, alive");
+            }
+            Ok(())
+        };
+        if let Err(error) = run(&mut model, &mut versions, &mut rng) {
+            assert!(crashed(&error), "seed {seed}: {error}");
+        }
+        let storage = storage.crash(&mut rng);
+        let base = open(&storage).expect("opens after a crash");
+        let found = read_all(&base).expect("nothing reads as damaged");
+        for (sector, bytes) in found.chunks(512).enumerate() {
+            let range = sector * 512..sector * 512 + bytes.len();
+            assert!(versions.iter().any(|version| version[range.clone()] == *bytes), "seed {seed}, sector {sector}");
+        }
+        let mut model = found;
+        for _ in 0..20 {
+            change(&base, &mut rng, &mut model).expect("no crash any more");
+        }
+        base.flush().expect("no crash any more");
+        let whole: Vec<u8> = (0..SIZE).map(|at| u8::try_from(at % 251).expect("small")).collect();
+        assert_eq!(read_all(&open(&storage.crash(&mut rng)).expect("opens")).expect("no damage"), model, "seed {seed}");
+        // Everything written anew: no slot is unknown any more.
+        let base = open(&storage.crash(&mut rng)).expect("opens");
+        base.write_unjoined(0, &whole).expect("no crash any more");
+        base.flush().expect("no crash any more");
+        assert_eq!(base.verify().expect("reads"), [], "seed {seed}");
+        assert_eq!(read_all(&base).expect("no damage"), whole);
+    }
+}
+
+#[test]
+fn zeroes_become_holes() {
+    let storage = World::new(1).storage();
+    let base = Base::open_or_create(storage.clone(), PathBuf::from("base"), &decl(1 << 40)).expect("no faults");
+    assert!(base.holds_nothing().expect("no faults"));
+    base.zero_unjoined(0, 1 << 40).expect("costs nothing");
+    base.write_unjoined(1 << 35, &[1; 8192]).expect("no faults");
+    assert_eq!(base.next_data(5).expect("no faults"), Some(1 << 35), "before the flush");
+    base.flush().expect("no faults");
+    let next = base.next_data(5).expect("no faults");
+    assert_eq!(next, Some(1 << 35));
+    base.write_unjoined((1 << 35) + 4096, &[0; 4096]).expect("no faults");
+    base.write_unjoined(1 << 35, &[0; 4096]).expect("no faults");
+    base.flush().expect("no faults");
+    assert!(base.holds_nothing().expect("no faults"), "a slot that became zero is a hole");
+    base.write_unjoined(4096, &[3; 512]).expect("no faults");
+    base.write_unjoined((1 << 40) - 512, &[4; 512]).expect("no faults");
+    base.flush().expect("no faults");
+    base.zero_unjoined(512, (1 << 40) - 512).expect("no faults");
+    base.flush().expect("no faults");
+    assert!(base.holds_nothing().expect("no faults"));
+    assert_eq!(base.verify().expect("no faults"), []);
+}
+
+#[test]
+fn volumes_grow_and_keep_their_bytes() {
+    let storage = World::new(2).storage();
+    let base = open(&storage).expect("no faults");
+    base.write_unjoined(SIZE - 512, &[5; 512]).expect("no faults");
+    base.flush().expect("no faults");
+    drop(base);
+    let base = Base::open_or_create(storage, PathBuf::from("base"), &decl(SIZE - 512)).expect("a volume that shrank");
+    assert_eq!(base.size(), SIZE);
+    let mut bytes = [0; 512];
+    base.read(SIZE - 512, &mut bytes).expect("still there");
+    assert_eq!(bytes, [5; 512]);
+    assert_eq!(base.read(SIZE, &mut bytes).expect_err("beyond the end").kind(), Kind::Invalid);
+    assert_eq!(base.write_unjoined(u64::MAX, &bytes).expect_err("beyond the end").kind(), Kind::Invalid);
+}
+
+/// Goal: growing changes the length of the last slot, which has a hash of its own length.
+#[test]
+fn growth_within_the_last_slot_is_no_damage() {
+    let storage = World::new(9).storage();
+    let base = open(&storage).expect("no faults");
+    base.write_unjoined(SIZE - 512, &[5; 512]).expect("no faults");
+    base.flush().expect("no faults");
+    drop(base);
+    let base = Base::open_or_create(storage, PathBuf::from("base"), &decl(SIZE + 8192)).expect("a volume that grew");
+    let mut bytes = [0; 8704];
+    base.read(SIZE - 512, &mut bytes).expect("no damage");
+    assert!(bytes[..512] == [5; 512] && bytes[512..].iter().all(|&byte| byte == 0));
+    assert_eq!(base.verify().expect("reads"), []);
+}
+
+#[test]
+fn missing_hashes_are_refused() {
+    let storage = World::new(3).storage();
+    let base = open(&storage).expect("no faults");
+    base.write_unjoined(0, &[1; 512]).expect("no faults");
+    base.flush().expect("no faults");
+    drop(base);
+    storage.remove(Path::new("base/v2.hashes")).expect("it is there");
+    assert_eq!(open(&storage).err().expect("data without hashes").kind(), Kind::Damaged);
+}
+
+/// Goal: no room leaves the base as it was, and the write can be done again; a failed sync stops writing.
+#[test]
+fn full_disks_and_failed_syncs() {
+    let storage = World::new(4).storage();
+    let base = open(&storage).expect("no faults");
+    base.write_unjoined(0, &[1; 65536]).expect("no faults");
+    base.flush().expect("no faults");
+    storage.fail_after(1, 28);
+    base.write_unjoined(65536, &[2; 65536]).expect("in memory");
+    assert_eq!(base.flush().expect_err("no room").kind(), Kind::NoSpace);
+    storage.clear_fault();
+    base.flush().expect("there is room again");
+    let mut bytes = [0; 4];
+    base.read(65536, &mut bytes).expect("no damage");
+    assert_eq!(bytes, [2; 4]);
+    base.write_unjoined(0, &[3; 512]).expect("in memory");
+    storage
+        .set_fault(|op, _| (op == farshore_uring::sim::StorageOp::Sync).then(|| std::io::Error::from_raw_os_error(5)));
+    assert_eq!(base.flush().expect_err("sync fails").kind(), Kind::Storage);
+    storage.clear_fault();
+    let error = base.flush().expect_err("what is durable is unknown");
+    assert!(error.context().contains("no more writes"), "{error}");
+    base.read(65536, &mut bytes).expect("reads go on");
+}
