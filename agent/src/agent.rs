@@ -58,8 +58,20 @@ impl Agent {
         let context = Context { config: Arc::new(config), identity: Arc::new(identity), store, alarms };
         let agent = Self { context, groups: RwLock::default(), changes: Mutex::default() };
         for name in agent.context.store.groups()? {
-            if let Some(state) = agent.context.store.read_group(&name)? {
-                agent.start_group(name, state)?;
+            let started = match agent.context.store.read_group(&name) {
+                Ok(Some(state)) => agent.start_group(name.clone(), state).map(drop),
+                Ok(None) => Ok(()),
+                Err(error) => Err(error),
+            };
+            match started {
+                // Another agent has the group: this one must not run beside it.
+                Err(error @ Error::Refused { .. }) => return Err(error),
+                // One group's trouble does not end the protection of the others.
+                Err(error) => {
+                    let text = format!("is not protected: {}", crate::error::chain(&error));
+                    agent.context.alarms.raise(code::UNAVAILABLE, name.as_str(), text);
+                }
+                Ok(()) => {}
             }
         }
         Ok(agent)
@@ -289,9 +301,12 @@ impl Agent {
                     })
                 }
                 Some(name) => {
+                    // A point of this name that was ordered before, and becomes durable only now, is not the one.
+                    let head = group.shared.capture.ring().head();
                     group.bookmark(name.clone());
                     group.shared.points.wait(left(), |board| {
-                        board.bookmarks.get(name).cloned().map(Some).or_else(|| (!is_whole(&group)).then_some(None))
+                        let named = board.bookmarks.get(name).filter(|point| point.end.0 > head);
+                        named.cloned().map(Some).or_else(|| (!is_whole(&group)).then_some(None))
                     })
                 }
             };
@@ -350,6 +365,9 @@ fn why_no_point(group: &Group) -> String {
         format!("the target is not reached ({reason})")
     } else if capture.ring().is_closed() {
         "the ring is full and being shipped".into()
+    } else if let Some(absent) = group.volumes().iter().find(|volume| group.device(VolumeIndex(volume.index)).is_none())
+    {
+        format!("volume {} is not served (see its alarm)", absent.name)
     } else if capture.event_open() || !capture.volumes().iter().all(|volume| volume.joined()) {
         "a sync is running".into()
     } else {

@@ -26,6 +26,8 @@ pub(crate) struct Attached {
     pub ring: Arc<Ring>,
     /// It is the last process's ring: what was not shipped is in it.
     pub resumed: bool,
+    /// The marks saved at the last stop are all there is: nothing was served since.
+    pub clean: bool,
     /// What is known of the volumes' difference to the replica.
     pub content: Content,
 }
@@ -62,8 +64,16 @@ impl RingOwner {
     ) -> Result<Attached> {
         let boot = boot_id()?;
         let path = self.file(dir);
+        let mut clean = !state.attached;
         if state.attached {
             match Ring::open(&path, &self.identity(state, boot)) {
+                // The streamer stores its state before the first request is served. So the last start was cut off, perhaps before
+                // the saved marks were in this ring: they are taken again. (If that start had found its ring lost,
+                // `compare_everything` says so.)
+                Ok(found) if found.recovery().stream.is_none() => {
+                    tracing::info!(group = %self.name, "the last start did not get as far as serving");
+                    clean = true;
+                }
                 Ok(found) => {
                     let recovery = found.recovery();
                     tracing::info!(
@@ -76,7 +86,7 @@ impl RingOwner {
                     let ring = Arc::new(found.resume());
                     if self.stream_fits(&ring, state)? {
                         let content = if state.compare_everything { Content::Unknown } else { Content::AsMarked };
-                        return Ok(Attached { ring, resumed: true, content });
+                        return Ok(Attached { ring, resumed: true, clean: false, content });
                     }
                     tracing::warn!(group = %self.name, "the ring is of an older incarnation: everything is compared");
                     state.compare_everything = true;
@@ -102,7 +112,7 @@ impl RingOwner {
         let ring = Ring::create(&path, &config)
             .map_err(|error| Error::failed(format!("ring {}", path.display()), crate::error::chain(&error)))?;
         let content = if state.compare_everything { Content::Unknown } else { Content::AsMarked };
-        Ok(Attached { ring: Arc::new(ring), resumed: false, content })
+        Ok(Attached { ring: Arc::new(ring), resumed: false, clean, content })
     }
 
     /// A kill between recording a new incarnation and telling the ring leaves a stream that must not go on.

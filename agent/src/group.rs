@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use farshore_blkfilter::sync::SyncConfig;
-use farshore_blkfilter::{Alarm, CaptureConfig, CaptureGroup, Content, FilterVolume, VolumeSpec};
+use farshore_blkfilter::{Alarm, BackingFile, Buf, CaptureConfig, CaptureGroup, Content, FilterVolume, VolumeSpec};
 use farshore_link::identity::Identity;
 use farshore_link::quic::SourceLinkConfig;
 use farshore_nbd::{Listen, Server, ServerConfig, ServerHandle};
@@ -18,7 +18,9 @@ use farshore_proto::{BatchNo, ChainHash, Generation, GroupId, HostId, Incarnatio
 use farshore_streamer::{
     CaptureRing, Granularity, RingSource, StreamerConfig, StreamerHandle, StreamerStatus, VolumeSet,
 };
-use farshore_uring::{Backing, BackingOptions, DirStorage, Direct, FileDevice, open_backing};
+use farshore_uring::{
+    Backing, BackingOptions, DirStorage, Direct, Errno, Extent, FileDevice, FileSlot, Geometry, Io, open_backing,
+};
 
 use crate::alarms::{Alarms, code};
 use crate::attach::{Attached, RingOwner};
@@ -77,6 +79,19 @@ impl Shared {
 
     pub(crate) fn take_bookmarks(&self) -> VecDeque<Name> {
         std::mem::take(&mut *self.bookmarks.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// A named cut is wanted; asked for twice before it is made, it is made once.
+    pub(crate) fn order_bookmark(&self, name: Name) {
+        let mut bookmarks = self.bookmarks.lock().unwrap_or_else(PoisonError::into_inner);
+        if !bookmarks.contains(&name) {
+            bookmarks.push_back(name);
+        }
+    }
+
+    /// Every volume of the state is captured, if only as absent.
+    pub(crate) fn captures_all(&self) -> bool {
+        self.state().volumes.iter().all(|volume| self.capture.volume(VolumeIndex(volume.index)).is_some())
     }
 
     fn volume_subject(&self, index: VolumeIndex) -> String {
@@ -168,7 +183,6 @@ impl Group {
             name: name.clone(),
             host_name: identity.name.clone(),
         };
-        let clean = !state.attached;
         let attached = owner.attach(&config.ring_dir, config.ring, &mut state, store)?;
         let in_stream = joined_in_stream(&attached, &state)?;
         if !attached.ring.locked() {
@@ -200,9 +214,15 @@ impl Group {
         let mut filters = Vec::new();
         for (volume, opened) in volumes {
             let joined = in_stream.all.contains(&VolumeIndex(volume.index));
-            match opened.and_then(|file| shared.add(&volume, file, attached.content, joined, clean)) {
+            // A ring that was found does not tell "all of it is in the stream" from "killed before it was marked", or "left".
+            let known = !resumed || (joined && volume.joined);
+            let content = if known { attached.content } else { Content::Unknown };
+            match opened.and_then(|file| shared.add(&volume, file, content, joined, attached.clean)) {
                 Ok(filter) => filters.push((volume, filter)),
-                Err(error) => shared.volume_failed(&volume, &error),
+                Err(error) => {
+                    shared.volume_failed(&volume, &error);
+                    shared.add_absent(&volume, joined);
+                }
             }
         }
         if resumed {
@@ -232,7 +252,7 @@ impl Group {
         let hooked = Arc::clone(&shared);
         let streamer = StreamerHandle::start(settings, link, Arc::clone(identity), &ring, move |waker| {
             hooked.capture.set_consumer_waker(move || waker.wake());
-            Box::new(Hooks::new(Arc::clone(&hooked), in_stream.at_target))
+            Box::new(Hooks::new(Arc::clone(&hooked), in_stream.at_target, !resumed))
         })
         .map_err(|error| Error::failed(format!("group {name}"), crate::error::chain(&error)))?;
         let group = Self {
@@ -311,9 +331,13 @@ impl Group {
         if !recorded {
             return Err(Error::failed(format!("state of group {}", self.shared.name), "cannot be written"));
         }
-        let filter = self.shared.add(&volume, FilterFile(backing), Content::Unknown, false, false)?;
+        // Before sync can say anything of it.
         self.streamer.set_volumes(declarations(&self.shared.state()));
-        self.serve(&volume, filter).inspect_err(|_| {
+        let served = self
+            .shared
+            .add(&volume, FilterFile(backing), Content::Unknown, false, false)
+            .and_then(|filter| self.serve(&volume, filter));
+        served.inspect_err(|_| {
             // What cannot be served is not protected; the source is as it was.
             if let Err(error) = self.forget(VolumeIndex(volume.index)) {
                 tracing::error!(%error, "a volume that could not be served stays in the state");
@@ -333,7 +357,10 @@ impl Group {
     fn forget(&self, index: VolumeIndex) -> Result<()> {
         let subject = self.shared.volume_subject(index);
         self.shared.sync.remove(index);
-        self.shared.capture.remove_volume(index).map_err(|error| Error::failed("volume", error))?;
+        // Not there: it could not be added, or the state could not be written the last time.
+        if let Err(error) = self.shared.capture.remove_volume(index) {
+            tracing::info!(volume = subject, %error, "nothing of the volume was captured");
+        }
         self.shared.alarms.forget(&subject);
         let recorded = self.shared.update_state(|state| {
             let gone = state.volumes.extract_if(.., |volume| volume.index == index.0).collect::<Vec<_>>();
@@ -349,7 +376,7 @@ impl Group {
     /// Orders a named point; the caller waits for it at the board.
     pub(crate) fn bookmark(&self, name: Name) {
         self.shared.points.forget(&name);
-        self.shared.bookmarks.lock().unwrap_or_else(PoisonError::into_inner).push_back(name);
+        self.shared.order_bookmark(name);
         self.streamer.waker().wake();
     }
 
@@ -402,8 +429,11 @@ impl Group {
         }
         let joined = shared.capture.joined();
         let (number, chain) = last.stream.durable;
+        let complete = shared.captures_all();
         let written = shared.update_state(|state| {
             state.attached = false;
+            // Of a volume that was not captured, no marks were saved.
+            state.compare_everything |= !complete;
             state.last_number = number.0;
             state.last_chain = chain.to_string();
             for volume in &mut state.volumes {
@@ -432,19 +462,16 @@ impl Shared {
         clean: bool,
     ) -> Result<Arc<FilterVolume<FileDevice>>> {
         let saved = match clean {
-            true => self.store.read_bitmap(&self.name, volume.index)?,
+            // Saved marks that cannot be read are none: everything is compared, and the guest has its volume.
+            true => self.store.read_bitmap(&self.name, volume.index).unwrap_or_else(|error| {
+                tracing::warn!(error = crate::error::chain(&error), "saved marks are lost: the volume is compared");
+                None
+            }),
             false => None,
         };
         // A clean start without marks knows nothing of the volume.
         let content = if clean && saved.is_none() { Content::Unknown } else { content };
-        let name = Name::new(volume.name.clone())?;
-        let mut id = [0; 16];
-        let text = format!("{} {} {}", self.name, volume.index, volume.identity);
-        id.copy_from_slice(&blake3::hash(text.as_bytes()).as_bytes()[..16]);
-        let spec = VolumeSpec { index: VolumeIndex(volume.index), name, id, content, joined };
-        let filter = self.capture.add_volume(spec, FileDevice::new(file.0)).map_err(|error| {
-            Error::failed(format!("volume {}/{}", self.name, volume.name), crate::error::chain(&error))
-        })?;
+        let filter = self.capture_volume(volume, FileDevice::new(file.0), content, joined)?;
         if let (Some(words), Some(captured)) = (saved, self.capture.volume(VolumeIndex(volume.index))) {
             for (at, word) in words.iter().enumerate() {
                 for bit in (0..64).filter(|bit| word & (1 << bit) != 0) {
@@ -459,6 +486,35 @@ impl Shared {
         Ok(filter)
     }
 
+    fn capture_volume<F: BackingFile>(
+        &self,
+        volume: &VolumeState,
+        file: F,
+        content: Content,
+        joined: bool,
+    ) -> Result<Arc<FilterVolume<F>>> {
+        let name = Name::new(volume.name.clone())?;
+        let mut id = [0; 16];
+        let text = format!("{} {} {}", self.name, volume.index, volume.identity);
+        id.copy_from_slice(&blake3::hash(text.as_bytes()).as_bytes()[..16]);
+        let spec = VolumeSpec { index: VolumeIndex(volume.index), name, id, content, joined };
+        self.capture.add_volume(spec, file).map_err(|error| {
+            Error::failed(format!("volume {}/{}", self.name, volume.name), crate::error::chain(&error))
+        })
+    }
+
+    /// Captures a volume that cannot be opened as one of which everything is missing. Sync never hears of it, so while it is absent
+    /// no point of the group claims to be whole (its own last writes may be only marks), "compare everything" stays, and a stop
+    /// saves that all of it must be compared.
+    fn add_absent(&self, volume: &VolumeState, joined: bool) {
+        if self.capture.volume(VolumeIndex(volume.index)).is_some() {
+            return;
+        }
+        if let Err(error) = self.capture_volume(volume, Absent::new(volume), Content::Unknown, joined) {
+            tracing::error!(error = crate::error::chain(&error), "an absent volume cannot be marked");
+        }
+    }
+
     /// A volume that cannot be served may be changed by anybody: the next time everything is compared.
     fn volume_failed(&self, volume: &VolumeState, error: &Error) {
         let text = format!("is not served: {}", crate::error::chain(error));
@@ -467,12 +523,43 @@ impl Shared {
     }
 }
 
+/// Stands for a source that cannot be opened. Nobody reads or writes it.
+struct Absent(Geometry);
+
+impl Absent {
+    fn new(volume: &VolumeState) -> Self {
+        Self(Geometry {
+            size: volume.size,
+            logical_block: volume.block,
+            optimal_block: volume.block,
+            max_request: volume.block,
+            max_discard: 0,
+            read_only: true,
+            discard: false,
+        })
+    }
+}
+
+impl BackingFile for Absent {
+    fn geometry(&self) -> Geometry {
+        self.0
+    }
+
+    fn register<I: Io<Buf>>(&self, _io: &mut I) -> std::io::Result<FileSlot> {
+        Err(std::io::ErrorKind::NotFound.into())
+    }
+
+    fn extents(&self, _offset: u64, _len: u64) -> std::result::Result<Vec<Extent>, Errno> {
+        Ok(Vec::new())
+    }
+}
+
 /// A source that passed all checks.
 struct FilterFile(Backing);
 
 fn open_source(source: &Path, config: &AgentConfig) -> Result<Backing> {
     let direct = if config.direct { Direct::Auto } else { Direct::Off };
-    open_backing(source, BackingOptions { direct, read_only: false }).map_err(|error| {
+    let opened = open_backing(source, BackingOptions { direct, read_only: false }).map_err(|error| {
         let what = format!("source {}", source.display());
         let kind = error.kind();
         if kind == std::io::ErrorKind::NotFound {
@@ -486,6 +573,10 @@ fn open_source(source: &Path, config: &AgentConfig) -> Result<Backing> {
         } else {
             Error::Failed { what, reason: crate::error::chain(&error) }
         }
+    });
+    opened.and_then(|backing| match backing.geometry.size {
+        0 => Err(Error::failed(format!("source {}", source.display()), "is empty")),
+        _ => Ok(backing),
     })
 }
 
@@ -558,6 +649,10 @@ fn mark_unshipped(shared: &Shared) -> Result<()> {
         if let Some(volume) = shared.capture.volume(VolumeIndex(entry.desc.volume)).filter(|_| changes) {
             volume.missing().set_range(entry.desc.offset, entry.desc.length);
         }
+    }
+    // A thread that died between claim and publication: what lies behind it cannot be read here, but by the next start.
+    if consumer.position() < ring.head() {
+        return Err(Error::failed("ring", "holds an unfinished entry; it is kept"));
     }
     Ok(())
 }

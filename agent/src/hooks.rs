@@ -23,18 +23,25 @@ pub(crate) struct Hooks {
     joining: Vec<(VolumeIndex, u64)>,
     /// Volumes of which the target holds nothing, as its greeting says.
     empty: Vec<VolumeIndex>,
+    /// No cuts yet: the ring is new, and only the target's greeting tells whether it holds what this stream builds on.
+    hold_cuts: bool,
 }
 
 impl Hooks {
-    pub(crate) fn new(shared: Arc<Shared>, known_joined: BTreeSet<VolumeIndex>) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, known_joined: BTreeSet<VolumeIndex>, new_ring: bool) -> Self {
         let cutter = Cutter::new(Arc::clone(&shared.capture));
-        Self { shared, cutter, known_joined, joining: Vec::new(), empty: Vec::new() }
+        let hold_cuts = new_ring && !known_joined.is_empty();
+        Self { shared, cutter, known_joined, joining: Vec::new(), empty: Vec::new(), hold_cuts }
     }
 
     /// Keeps in the state directory which volumes points include, once the target has it.
     fn note_joined(&mut self, durable: Position) {
         let head = self.shared.capture.ring().head();
-        for volume in self.shared.capture.joined() {
+        let in_points = self.shared.capture.joined();
+        // Those that left; their number may come again, with a volume that has yet to join.
+        self.known_joined.retain(|volume| in_points.contains(volume));
+        self.joining.retain(|(volume, _)| in_points.contains(volume));
+        for volume in in_points {
             if !self.known_joined.contains(&volume) && self.joining.iter().all(|(known, _)| *known != volume) {
                 self.joining.push((volume, head));
             }
@@ -60,7 +67,7 @@ impl Hooks {
         let group = &self.shared.capture;
         let whole =
             !group.event_open() && !group.ring().is_closed() && group.volumes().iter().all(|volume| volume.joined());
-        if whole && self.shared.compares_everything() {
+        if whole && self.shared.compares_everything() && self.shared.captures_all() {
             self.shared.update_state(|state| state.compare_everything = false);
         }
     }
@@ -68,10 +75,15 @@ impl Hooks {
 
 impl Capture for Hooks {
     fn cut(&mut self, now: Now, wall: &dyn Fn() -> WallTime, slot_free: bool) {
+        self.shared.take_alarms();
+        if self.hold_cuts {
+            return;
+        }
         for name in self.shared.take_bookmarks() {
-            // A closed ring makes no point; the asker looks at that itself and asks again.
             if let Err(error) = self.cutter.bookmark(name.clone(), false) {
-                tracing::info!(%name, %error, "bookmark not cut");
+                // The ring is closed, or too many wait: at a later turn. The asker may have missed that anything was in the way.
+                tracing::debug!(%name, %error, "bookmark not cut yet");
+                self.shared.order_bookmark(name);
             }
         }
         while let Some(cut) = self.cutter.poll(now, wall(), slot_free) {
@@ -80,11 +92,10 @@ impl Capture for Hooks {
                 break;
             }
         }
-        self.shared.take_alarms();
     }
 
     fn cut_deadline(&self, slot_free: bool) -> Option<Now> {
-        self.cutter.poll_deadline(slot_free)
+        if self.hold_cuts { None } else { self.cutter.poll_deadline(slot_free) }
     }
 
     fn reopen(&mut self, consumer: &mut Consumer, wall: WallTime) {
@@ -137,6 +148,7 @@ impl Capture for Hooks {
                 self.shared.update_state(|state| state.generation = welcome.generation.0);
             }
             StreamEvent::Live => {
+                self.hold_cuts = false;
                 alarms.clear(code::LINK_DOWN, group);
                 alarms.clear(code::REFUSED, group);
                 alarms.clear(code::PAUSED, group);

@@ -489,7 +489,12 @@ impl CaptureGroup {
         if !volume.joined() && !self.record_join.get().is_none_or(|record| record(volume.index)) {
             return None;
         }
-        let events = self.events();
+        let mut events = self.events();
+        // A number may come again: that its last holder left must not be said behind its joining.
+        self.say_left(&mut events);
+        if !events.left.is_empty() {
+            return None;
+        }
         let before = volume.joined();
         // First the word, then the look at the bits: whoever sets a bit and does not see the word, is seen.
         volume.joined.store(true, Ordering::SeqCst);

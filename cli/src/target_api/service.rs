@@ -11,7 +11,7 @@ use farshore_target::group::GroupHost;
 use farshore_target::points::Point;
 use farshore_target::status::{PointSpec, resolve_point};
 use farshore_target::target::Target;
-use farshore_target::views::restore_volume;
+use farshore_target::views::{release_stale_holds, restore_volume};
 use farshore_uring::DirStorage;
 use serde_json::{Value, json};
 
@@ -43,6 +43,9 @@ impl Service {
         let mut exports = Exports::new(sockets);
         for group in target.groups().keys() {
             if let Ok(stream) = only_stream(&target, group) {
+                if let Err(error) = release_stale_holds(&stream) {
+                    tracing::error!(group = group.as_str(), %error, "holds of unfinished restores are kept");
+                }
                 exports.reopen(&stream);
             }
         }
