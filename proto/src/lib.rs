@@ -10,7 +10,6 @@ mod error;
 pub mod frame;
 mod ids;
 pub mod keys;
-mod lanes;
 pub mod message;
 pub mod record;
 pub mod session;
