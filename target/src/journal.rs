@@ -499,6 +499,8 @@ impl<S: Storage> Active<S> {
         append.bytes[start..start + ENTRY_HEADER_BYTES].copy_from_slice(&entry.encode());
         let bytes = &append.bytes[start..];
         self.file.write_at(bytes, self.tail).at("append to", path)?;
+        // The disk begins while the next batch of the group is still being copied.
+        self.file.start_writeback(self.tail, bytes.len() as u64);
         let appended = Appended {
             segment: self.number,
             entry_at: u32::try_from(self.tail).expect("a segment is far below 4 GiB"),

@@ -11,7 +11,7 @@ use farshore_proto::{BatchNo, ChainHash, Now, VolumeIndex, WallTime};
 use farshore_uring::Storage;
 
 use crate::alarm::AlarmCode;
-use crate::error::Error;
+use crate::error::{Error, Kind};
 use crate::group::GroupHost;
 use crate::ingest::{BatchBuf, Denied, GROUP_BATCHES_MAX, Ingest};
 
@@ -22,8 +22,11 @@ const GAP_TIMEOUT: Duration = Duration::from_secs(10);
 const PAUSE_RETRY: Duration = Duration::from_secs(1);
 /// How often a lease is considered.
 const LEASE_INTERVAL: Duration = Duration::from_secs(2);
-/// Free space at which a paused stream goes on: room for one group of batches and the files around it.
-pub const RESUME_FREE_BYTES: u64 = 256 << 20;
+/// Free space at which a paused stream goes on: enough above [`PAUSE_FREE_BYTES`] that it does not pause at once again.
+pub const RESUME_FREE_BYTES: u64 = 96 << 20;
+/// Free space that ingest leaves alone: on a disk that is full for batches, views can still be opened, points held, and the
+/// base moved, all of which write a little.
+pub const PAUSE_FREE_BYTES: u64 = 32 << 20;
 /// Most batches kept while an earlier one is missing; the link's limit on bytes binds first (I11).
 const REORDER_MAX: usize = 1024;
 /// Most control messages waiting for a lane: a source that sends more than these between two looks is broken (I11).
@@ -260,7 +263,15 @@ impl<S: Storage> Core<S> {
                 }
                 self.flush(out);
             }
-            Err(denied) => self.deny(denied, now, out),
+            Err(denied) => {
+                self.deny(denied, now, out);
+                // Without a welcome nobody can be told of a pause: the source comes again by itself.
+                self.refuse(
+                    RefuseCode::Unavailable,
+                    "no space on the target's disk for the group's volumes".into(),
+                    out,
+                );
+            }
         }
     }
 
@@ -323,6 +334,10 @@ impl<S: Storage> Core<S> {
         if group.is_empty() {
             return false;
         }
+        if let Some(error) = self.short_of_space() {
+            self.deny(Denied::Pause(error), now, out);
+            return true;
+        }
         let taken = self.ingest.take(group, wall);
         self.gap = None;
         if let Some((_, machine)) = &mut self.session {
@@ -338,6 +353,15 @@ impl<S: Storage> Core<S> {
         }
         self.flush(out);
         true
+    }
+
+    fn short_of_space(&self) -> Option<Error> {
+        // A storage that cannot tell says so itself when it is full.
+        let free = self.ingest.stream().storage.free_bytes().ok()?;
+        let what = || {
+            format!("{free} bytes are free on the target's disk, {PAUSE_FREE_BYTES} are kept for views and retention")
+        };
+        (free < PAUSE_FREE_BYTES).then(|| Error::new(Kind::NoSpace, what()))
     }
 
     fn deny(&mut self, denied: Denied, now: Now, out: &mut VecDeque<Output>) {

@@ -166,6 +166,11 @@ impl<S: Storage> Scratch<S> {
             let (sector, first) = (at / SECTOR_BITS, at % SECTOR_BITS);
             let end = range.end.min((sector + 1) * SECTOR_BITS);
             let bits = self.bits(sector)?;
+            // Over a huge untouched range in one step.
+            let end = match &bits {
+                Some(_) => end,
+                None => self.next_sector(sector)?.map_or(range.end, |next| (next * SECTOR_BITS).clamp(end, range.end)),
+            };
             let mut bit = first;
             let last = first + (end - at);
             while bit < last {
@@ -193,6 +198,18 @@ impl<S: Storage> Scratch<S> {
         }
         let mut map = self.map.write().unwrap_or_else(PoisonError::into_inner);
         Ok(self.load(&mut map, sector)?.map(|bits| Box::new(*bits)))
+    }
+
+    /// The first sector of the map after `sector` that may have bits set.
+    fn next_sector(&self, sector: u64) -> Result<Option<u64>> {
+        let from = sector + 1;
+        let known = {
+            let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
+            [&map.dirty, &map.clean].map(|known| known.range(from..).next().map(|(&sector, _)| sector))
+        };
+        let stored = self.map_file.next_data(MAP_AT + from * SECTOR_BYTES).at("seek in", &self.map_path)?;
+        let stored = stored.map(|at| (at - MAP_AT.min(at)) / SECTOR_BYTES);
+        Ok([known[0], known[1], stored].into_iter().flatten().min())
     }
 
     /// Loads a sector that is perhaps not in memory.

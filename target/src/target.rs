@@ -23,6 +23,7 @@ use crate::lane::{Input, Lane, Output, SessionId};
 use crate::points::Points;
 use crate::segment::SEGMENT_BYTES;
 use crate::segments::{FrameCache, Segments};
+use crate::views::release_stale_holds;
 
 const IDENTITY_FILE: &str = "vault";
 const IDENTITY_MAGIC: &str = "farshore target data, format 1";
@@ -41,6 +42,9 @@ const KNOWN_NAMES: [&str; 10] = [
 ];
 /// Most groups: each costs an index in memory and open files (I11).
 const STREAMS_MAX: usize = 4096;
+/// Most groups that one host may write; more need more identities, which an operator issues. Keeps a host from filling the
+/// catalog with groups of its own making (I7).
+const HOST_GROUPS_MAX: usize = 64;
 
 /// Settings of a target.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -207,6 +211,7 @@ impl<S: Storage> Target<S> {
         }
         let mut state = replayed.state;
         self.adopt(&stream, &record, &state)?;
+        release_stale_holds(&stream)?;
         self.settle_damage(&stream, opened.damaged.into_iter().chain(replayed.damaged), &mut state)?;
         Ok(Ingest::new(stream, journal, state))
     }
@@ -350,6 +355,12 @@ impl<S: Storage> Target<S> {
         match known.hosts.get(host) {
             Some(record) if record.member => {}
             None if known.hosts.values().all(|record| !record.member) => {
+                let groups = self.catalog.groups();
+                let written = groups.values().filter(|group| group.hosts.get(host).is_some_and(|record| record.member));
+                if written.count() >= HOST_GROUPS_MAX {
+                    let detail = format!("host {host} writes {HOST_GROUPS_MAX} groups already; remove one of them");
+                    return refuse(RefuseCode::NotAMember, detail);
+                }
                 self.add_member(group, host).map_err(|error| (RefuseCode::Unavailable, error.to_string()))?;
             }
             _ => {

@@ -393,3 +393,18 @@ fn foreign_folders_are_refused() {
     let error = open(&fresh).err().expect("refused");
     assert_eq!(error.kind(), Foreign, "{error}");
 }
+
+/// Goal: one host cannot fill the catalog with groups of its own making.
+#[test]
+fn a_host_owns_only_so_many_groups() {
+    let target = open(&storage(19)).expect("a good disk");
+    let mut world = Clocked::new(&target);
+    let mut refused = 0;
+    for number in 0..66 {
+        let mut source = Source::new(&format!("g{number}"), "host-a", 1);
+        source.link = 1000 + number;
+        source.connect(&mut world);
+        refused += u32::from(source.refused.is_some_and(|(code, _)| code == RefuseCode::NotAMember));
+    }
+    assert_eq!((refused, target.groups().len()), (2, 64));
+}

@@ -195,12 +195,13 @@ impl Source {
                     record(Kind::ProbeZero, volume, *start, usize::try_from(*sectors).expect("small"))
                 }
                 Op::Mark(kind, volume) => {
-                    match kind {
-                        Kind::VolumeJoined => joined.push(*volume),
-                        Kind::VolumeLeft => joined.retain(|of| of != volume),
-                        Kind::EventBegin => event = true,
-                        Kind::EventEnd => event = false,
-                        other => assert!(!other.changes_content(), "a mark"),
+                    assert!(!kind.changes_content(), "a mark");
+                    if *kind == Kind::VolumeJoined {
+                        joined.push(*volume);
+                    } else if *kind == Kind::VolumeLeft {
+                        joined.retain(|of| of != volume);
+                    } else {
+                        event = *kind == Kind::EventBegin;
                     }
                     record(*kind, volume, 0, 0)
                 }

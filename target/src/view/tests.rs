@@ -297,6 +297,19 @@ fn extents_follow_the_point_and_the_scratch() {
         found,
         [(16384, true), data, (8192, true), (4096, false), (SLOT_BYTES - 12288, true), (SLOT_BYTES, false)]
     );
+    // The map's sectors are 15.75 MiB of blocks: a write far behind untouched ones is found.
+    let far = ViewOf { size: 1 << 40, ..of(1, 4096) };
+    let scratch_of = ScratchOf { point: far.point, volume: VOLUME, size: far.size, block: 4096 };
+    let scratch = Scratch::open_or_create(&storage, Path::new("far"), scratch_of).expect("no faults");
+    let piece = |offset, len, present| crate::scratch::Piece { offset, len, present };
+    assert_eq!(scratch.pieces(0, 1 << 40).expect("no damage"), [piece(0, 1 << 40, false)]);
+    scratch.write(1 << 39, &[1; 4096]).expect("no faults");
+    let split =
+        [piece(0, 1 << 39, false), piece(1 << 39, 4096, true), piece((1 << 39) + 4096, (1 << 39) - 4096, false)];
+    assert_eq!(scratch.pieces(0, 1 << 40).expect("no damage"), split);
+    scratch.flush().expect("no faults");
+    let scratch = Scratch::open_or_create(&storage, Path::new("far"), scratch_of).expect("no faults");
+    assert_eq!(scratch.pieces(0, 1 << 40).expect("no damage"), split);
     let all: u64 = view.extents(0, SIZE).expect("no damage").iter().map(|extent| extent.len).sum();
     assert_eq!(all, SIZE);
 }
