@@ -1,6 +1,6 @@
 use std::path::{Path, PathBuf};
 
-/// What went wrong in the agent, with the thing and the reason. [`Error::refusal`] tells the command line which exit code
+/// What went wrong in the agent, with the thing and the reason. [`Error::exit_code`] tells the command line which exit code
 /// fits.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
