@@ -232,7 +232,8 @@ fn framed(hello: Hello) -> Vec<u8> {
 #[test]
 fn one_member_cannot_use_up_the_connections_of_all() {
     let vault = vault();
-    let (target, _events) = target(&vault, TargetLimits { connections_per_session: 2, ..TargetLimits::default() });
+    let limits = TargetLimits { connections_per_session: 2, channels_per_identity: 1, ..TargetLimits::default() };
+    let (target, _events) = target(&vault, limits);
     let (agent, relay) = (identity(&vault, Role::Agent, wall_now()), identity(&vault, Role::Relay, wall_now()));
     runtime().block_on(async {
         let mut silent = Vec::new();

@@ -149,8 +149,10 @@ pub struct TargetLimits {
     /// Sockets on the port, each with a thread; the kernel spreads connections over them. Default 1, range 1 to 16. With more
     /// than one, a source whose address changes loses its session (and gets the next at once).
     pub threads: u16,
-    /// Sessions at a time; one per identity, because a newer one of the same name replaces the older. Default 256.
+    /// Sessions at a time; one per identity and channel, because a newer one of the same stream replaces the older. Default 256.
     pub sessions: usize,
+    /// Channels of one identity: an agent has one for each of its groups. Default 64, range 1 to 1024.
+    pub channels_per_identity: u16,
     /// Connections of one session. Default 8, range 1 to 16.
     pub connections_per_session: u16,
     /// Batches on the way on one connection. Default 256, range 1 to 4096.
@@ -176,6 +178,7 @@ impl Default for TargetLimits {
             transport: Transport::default(),
             threads: 1,
             sessions: 256,
+            channels_per_identity: 64,
             connections_per_session: 8,
             streams_per_connection: 256,
             batch_bytes_max: u64::from(64 * MIB),
@@ -193,6 +196,7 @@ impl TargetLimits {
         self.transport.check()?;
         range("threads", self.threads, 1, 16)?;
         range("sessions", self.sessions, 1, 1 << 20)?;
+        range("channels_per_identity", self.channels_per_identity, 1, 1024)?;
         range("connections_per_session", self.connections_per_session, 1, 16)?;
         range("streams_per_connection", self.streams_per_connection, 1, 4096)?;
         range("batch_bytes_max", self.batch_bytes_max, 1, 1 << 30)?;

@@ -49,9 +49,6 @@ struct Shared {
 /// A peer and which of its streams.
 pub(super) type StreamName = (PeerName, [u8; 16]);
 
-/// Streams that one peer may bring at a time: an agent has one per group.
-const CHANNELS_PER_PEER: usize = 64;
-
 /// Sessions that stand. Invariant: each is found by its id and by its stream's name, and no two have the same name.
 #[derive(Default)]
 struct Registry {
@@ -272,7 +269,7 @@ impl Shared {
     /// Counts a connection of `peer`: as many as its sessions may have, twice, because an older session's are still closing when
     /// the newer one's come.
     fn peer_slot(self: &Arc<Self>, peer: &PeerName) -> std::result::Result<PeerSlot, Fault> {
-        let max = usize::from(self.limits.connections_per_session) * 2 * CHANNELS_PER_PEER;
+        let max = usize::from(self.limits.connections_per_session) * 2 * usize::from(self.limits.channels_per_identity);
         let mut by_peer = lock(&self.by_peer);
         let count = by_peer.entry(peer.clone()).or_default();
         if *count >= max {
