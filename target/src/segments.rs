@@ -104,7 +104,8 @@ impl<S: Storage> Segments<S> {
     #[must_use]
     pub fn droppable(&self, horizon: BatchNo) -> Vec<u32> {
         let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
-        let past = |segment: &SegmentInfo| segment.sealed && segment.last <= horizon;
+        // Not the segment that ends with the horizon: its footer holds that point, which is offered still.
+        let past = |segment: &SegmentInfo| segment.sealed && segment.last < horizon;
         let mut needed = BTreeSet::new();
         // A reference leads straight to the frame that holds the bytes, so what a segment refers to matters only while
         // its own batches do.
