@@ -301,7 +301,10 @@ impl Group {
         if let Some(left) = left.filter(|left| (left.size, left.block) != geometry) {
             return Err(Error::Refused {
                 what: format!("volume {}/{name}", self.shared.name),
-                reason: format!("the target keeps history of one of this name with {} bytes in blocks of {}", left.size, left.block),
+                reason: format!(
+                    "the target keeps history of one of this name with {} bytes in blocks of {}",
+                    left.size, left.block
+                ),
                 hint: "give this one another --name".into(),
             });
         }

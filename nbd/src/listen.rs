@@ -1,13 +1,14 @@
 //! Where clients connect: unix and TCP listeners, and the socket file's life.
 
 use std::fs::Permissions;
-use std::io;
+use std::io::{self, Read};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 
@@ -75,13 +76,24 @@ impl Listener {
                     }
                     Error::system(format!("listen on {address}"), source)
                 };
-                let socket = TcpListener::bind(address).map_err(failed)?;
+                let socket = bind_tcp(*address).map_err(failed)?;
                 let address = Address::Tcp(socket.local_addr().map_err(failed)?);
                 Ok(Self { address, socket: Some(socket.into()), file: None })
             }
             Listen::Nowhere => Ok(Self { address: Address::Nowhere, socket: None, file: None }),
         }
     }
+}
+
+/// Binds, waiting a little for a killed server's port.
+fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
+    for _ in 1..RELEASE_LOOKS {
+        match TcpListener::bind(address) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => std::thread::park_timeout(RELEASE_LOOK),
+            other => return other,
+        }
+    }
+    TcpListener::bind(address)
 }
 
 fn open_unix(path: &Path, mode: u32) -> Result<Listener, Error> {
@@ -121,15 +133,29 @@ fn refuse_taken(path: &Path) -> Result<(), Error> {
         let why = format!("{} exists and is not a socket; remove it or choose another path", path.display());
         return Err(Error::new(ErrorKind::Invalid, why));
     }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        // Connected, or an error that only a living listener gives (its queue is full, its permissions refuse).
-        _ => {
-            let why = format!("{}: another server answers there; stop it or choose another path", path.display());
-            Err(Error::new(ErrorKind::InUse, why))
+    for _ in 0..RELEASE_LOOKS {
+        match UnixStream::connect(path) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            // Only a living listener has a full queue, or permissions that refuse.
+            Err(_) => break,
+            Ok(stream) if greets(&stream) => break,
+            Ok(_) => std::thread::park_timeout(RELEASE_LOOK),
         }
     }
+    let why = format!("{}: another server answers there; stop it or choose another path", path.display());
+    Err(Error::new(ErrorKind::InUse, why))
+}
+
+/// How often and how far apart a listener that says nothing is looked at, 2 s in all. A killed server's socket takes
+/// connections until the kernel has torn down its rings: milliseconds, unless the disk hangs.
+const RELEASE_LOOKS: u32 = 50;
+const RELEASE_LOOK: Duration = Duration::from_millis(20);
+
+/// Whether somebody lives behind a connection: a server speaks first, a dead one's socket is closed or stays silent.
+fn greets(mut stream: &UnixStream) -> bool {
+    let limited = stream.set_read_timeout(Some(RELEASE_LOOK));
+    limited.is_ok() && stream.read(&mut [0; 18]).is_ok_and(|len| len > 0)
 }
 
 /// The socket file of a running server; removed on drop if it is still the one that was made.

@@ -30,9 +30,8 @@ const ARROWS: [(&str, &[&str]); 15] = [
 const ALL: &[&str] =
     &["proto", "ring", "uring", "link", "blkfilter", "ublk", "nbd", "streamer", "target", "agent", "control"];
 
-const AND_CLI: &[&str] = &[
-    "proto", "ring", "uring", "link", "blkfilter", "ublk", "nbd", "streamer", "target", "agent", "control", "cli",
-];
+const AND_CLI: &[&str] =
+    &["proto", "ring", "uring", "link", "blkfilter", "ublk", "nbd", "streamer", "target", "agent", "control", "cli"];
 
 /// Compares every member's dependencies with the allowed arrows. Tests inside a crate follow the same arrows.
 pub(super) fn check(tree: &Tree) -> Vec<Finding> {

@@ -1,0 +1,8 @@
+//! What goes wrong, and bad input: every fault ends in a clear message or an alarm, and never in a wrong byte.
+
+mod config;
+mod damage;
+mod identity;
+mod kill;
+mod source;
+mod target;

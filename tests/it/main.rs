@@ -1,0 +1,11 @@
+//! End to end: agent and target as processes of the real binary (`FARSHORE_BIN`), real sockets, real files.
+//!
+//! Nothing here depends on how fast the machine is: steps wait for what they need to see, with a generous limit, and no
+//! check compares times. Tests under `clients` need programs that are not ours (`cargo xtask test clients`).
+#![forbid(unsafe_code)]
+
+mod cli;
+mod clients;
+mod faults;
+mod order;
+mod support;
