@@ -287,7 +287,7 @@ fn unit(session: &mut Session) -> Result<()> {
     session.tests(&mut session.cargo(&["test", "--no-fail-fast", "--workspace", "--doc"]), Empty::Allowed)
 }
 
-/// Models stand in the test target `loom`, or in the library in modules whose path holds `loom`.
+/// Models stand in the test target `loom`, or in the library's module `models`.
 fn loom(session: &mut Session) -> Result<()> {
     if !session.workspace.depends(RING, "loom") {
         session.skip(&format!("no such test target: {RING} does not depend on loom"));
@@ -297,7 +297,7 @@ fn loom(session: &mut Session) -> Result<()> {
     if session.workspace.has_target(RING, "test", "loom") {
         command.args(["--test", "loom"]);
     } else {
-        command.args(["--lib", "loom"]);
+        command.args(["--lib", "models"]);
     }
     // Its own build folder: the flag changes every dependency, and two sets in one folder would rebuild each other.
     command.env("RUSTFLAGS", appended("RUSTFLAGS", "--cfg loom"));
