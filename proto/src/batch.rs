@@ -9,7 +9,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::frame::{self, Compressor, FRAME_HEADER_BYTES, FRAME_PLAIN_MAX, FrameHeader, LIST_PLAIN_MAX};
 use crate::keys::HostKey;
-use crate::record::{Kind, RECORD_BYTES, Record};
+use crate::record::{RECORD_BYTES, Record};
 use crate::{
     BatchNo, ChainHash, Error, Generation, GroupId, HostId, Incarnation, KeyEpoch, Name, PointId, Position, Result,
     VaultId, VolumeIndex, WallTime, codec,
@@ -374,18 +374,6 @@ pub struct BatchFrames {
 /// # Errors
 /// The first thing that is wrong; nothing of the batch may be used then.
 pub fn parse(bytes: &[u8]) -> Result<BatchFrames> {
-    parse_frames(bytes, true)
-}
-
-/// As [`parse`], but leaves the frames' sealed bytes unread: for bytes that were checked before.
-///
-/// # Errors
-/// As [`parse`].
-pub fn parse_trusted(bytes: &[u8]) -> Result<BatchFrames> {
-    parse_frames(bytes, false)
-}
-
-fn parse_frames(bytes: &[u8], check_sealed: bool) -> Result<BatchFrames> {
     let header = BatchHeader::parse(bytes)?;
     if bytes.len() != header.total_len() {
         return Err(Error::truncated("batch", header.total_len(), bytes.len()));
@@ -398,9 +386,7 @@ fn parse_frames(bytes: &[u8], check_sealed: bool) -> Result<BatchFrames> {
         let sealed = bytes
             .get(at + FRAME_HEADER_BYTES..at + frame.total_len())
             .ok_or_else(|| Error::truncated("frame", frame.total_len(), bytes.len() - at))?;
-        if check_sealed {
-            frame.check_sealed(sealed)?;
-        }
+        frame.check_sealed(sealed)?;
         if frame.number() != number || *frame.salt() != header.salt || frame.key_epoch() != header.key_epoch() {
             return Err(Error::Range {
                 what: "frame",
@@ -470,12 +456,4 @@ fn check_records(header: &BatchHeader, records: &[Record]) -> Result<()> {
     } else {
         Err(Error::Forged { what: "chain hash of the record list" })
     }
-}
-
-/// Whether the batch opens or ends an event, or changes which volumes its points include.
-#[must_use]
-pub fn changes_points(records: &[Record]) -> bool {
-    records.iter().any(|record| {
-        matches!(record.kind(), Kind::EventBegin | Kind::EventEnd | Kind::VolumeJoined | Kind::VolumeLeft)
-    })
 }
