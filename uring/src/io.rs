@@ -122,6 +122,17 @@ pub struct Completion<B> {
     pub buf: Option<B>,
 }
 
+/// The end of one command to a driver ([`crate::Reactor::command`]).
+#[derive(Debug)]
+pub struct CommandCompletion<B> {
+    /// As submitted.
+    pub token: Token,
+    /// What the driver answered.
+    pub result: io::Result<u32>,
+    /// The command's buffer, given back.
+    pub buf: Option<B>,
+}
+
 /// Submits operations and collects completions, for one thread.
 ///
 /// Neither call waits. Operations of one `Io` may complete in any order; who needs an order waits for the completion.

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,12 +33,15 @@ struct Entry {
     /// To be released when `ops` is 0.
     closing: bool,
     inline: Inline,
+    /// A character device: its driver may take ordinary memory only (ublk refuses registered buffers).
+    no_regions: bool,
     /// Operations that still go through the ring after an inline one was slow.
     pause: u32,
 }
 
 impl Entry {
-    const FREE: Self = Self { held: Held::Nothing, ops: 0, closing: false, inline: Inline::Nothing, pause: 0 };
+    const FREE: Self =
+        Self { held: Held::Nothing, ops: 0, closing: false, inline: Inline::Nothing, no_regions: false, pause: 0 };
 }
 
 /// Which transfers are done by a plain system call on the reactor's thread instead of through the ring.
@@ -128,7 +132,11 @@ impl Files {
             Held::File(file) => inline_mode(file),
             Held::Socket(_) | Held::Nothing => Inline::Nothing,
         };
-        self.entries[slot as usize] = Entry { held, inline, ..Entry::FREE };
+        let no_regions = match &held {
+            Held::File(file) => file.metadata().is_ok_and(|metadata| metadata.file_type().is_char_device()),
+            Held::Socket(_) | Held::Nothing => false,
+        };
+        self.entries[slot as usize] = Entry { held, inline, no_regions, ..Entry::FREE };
         Ok(FileSlot(slot))
     }
 
@@ -139,6 +147,11 @@ impl Files {
 
     pub(super) fn is_closing(&self, slot: FileSlot) -> bool {
         self.entries[slot.0 as usize].closing
+    }
+
+    /// Whether buffers named in an operation on the entry may be registered ones.
+    pub(super) fn takes_regions(&self, slot: FileSlot) -> bool {
+        !self.entries[slot.0 as usize].no_regions
     }
 
     /// Whether the transfer is to be done inline now.

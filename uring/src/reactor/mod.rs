@@ -25,7 +25,9 @@ use self::ops::{Entries, Kind, Operation, Pair, Regions, Report, Scratch, Step};
 use self::table::{Key, Table};
 use crate::clock::now;
 use crate::waker::WakeSource;
-use crate::{AlignedBuf, Completion, FileSlot, Io, IoBuf, NetCompletion, Op, SendList, Token, Waker};
+use crate::{
+    AlignedBuf, CommandCompletion, Completion, FileSlot, Io, IoBuf, NetCompletion, Op, SendList, Token, Waker,
+};
 
 /// How long [`Reactor::run_once`] may wait.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,8 +41,8 @@ pub enum Wait {
 /// A ring and the operations in flight on it.
 ///
 /// Not `Send`: make it on the thread that runs it. Per turn: [`Io::submit`] and the socket operations in any number,
-/// [`Reactor::run_once`], then [`Reactor::take_wakeup`], [`Reactor::poll_completion`] and [`Reactor::poll_net`] until they
-/// have nothing more.
+/// [`Reactor::run_once`], then [`Reactor::take_wakeup`], [`Reactor::poll_completion`], [`Reactor::poll_net`] and
+/// [`Reactor::poll_command`] until they have nothing more.
 ///
 /// Invariants:
 /// - every buffer named in an entry of the submission queue or in the kernel is owned by `ops`, untouched, until the last
@@ -50,7 +52,8 @@ pub enum Wait {
 /// - an operation is in exactly one place: `waiting`, the kernel's hands (`parts > 0`), or ended and removed.
 ///
 /// Dropping it cancels what can be cancelled and waits for the rest; if that takes longer than 5 s (a hung disk), the
-/// buffers still in the kernel's hands are leaked, never freed under it.
+/// buffers still in the kernel's hands are leaked, never freed under it. Commands are not waited for: their driver ends them
+/// when the ring is gone, so their buffers are leaked at once.
 pub struct Reactor<B: IoBuf> {
     ring: IoUring,
     ops: Table<Operation<B>>,
@@ -62,6 +65,9 @@ pub struct Reactor<B: IoBuf> {
     owed_max: u32,
     ended_io: VecDeque<Completion<B>>,
     ended_net: VecDeque<NetCompletion<B>>,
+    ended_commands: VecDeque<CommandCompletion<B>>,
+    /// Those of `owed` that are commands.
+    commands: u32,
     #[expect(clippy::vec_box, reason = "the kernel knows them by address while they are in use")]
     spare: Vec<Box<Scratch>>,
     regions: RegionList,
@@ -115,6 +121,8 @@ impl<B: IoBuf> Reactor<B> {
             owed_max,
             ended_io: VecDeque::with_capacity(capacity),
             ended_net: VecDeque::with_capacity(capacity),
+            ended_commands: VecDeque::new(),
+            commands: 0,
             spare: Vec::new(),
             regions: RegionList::default(),
             wake: WakeSource::new(Some(event)),
@@ -140,7 +148,7 @@ impl<B: IoBuf> Reactor<B> {
                 break;
             }
         }
-        let idle = self.ended_io.is_empty() && self.ended_net.is_empty();
+        let idle = self.ended_io.is_empty() && self.ended_net.is_empty() && self.ended_commands.is_empty();
         match wait {
             Wait::Until(deadline) if idle && self.wake.fall_asleep() => {
                 let entered = self.enter(Some(deadline));
@@ -164,6 +172,12 @@ impl<B: IoBuf> Reactor<B> {
     #[must_use]
     pub fn poll_net(&mut self) -> Option<NetCompletion<B>> {
         self.ended_net.pop_front()
+    }
+
+    /// The next ended [`Reactor::command`].
+    #[must_use]
+    pub fn poll_command(&mut self) -> Option<CommandCompletion<B>> {
+        self.ended_commands.pop_front()
     }
 
     /// Whether another thread called [`Waker::wake`] since the last call. Take it before looking for the work it announced.
@@ -269,6 +283,19 @@ impl<B: IoBuf> Reactor<B> {
         self.files.close(&self.ring, socket);
     }
 
+    /// Hands a command (`IORING_OP_URING_CMD`) to the driver behind `file`. It ends when the driver says so, which may be
+    /// never; it cannot be cancelled. `buf` belongs to it until then and comes back in its completion.
+    ///
+    /// # Safety
+    /// Every address in `payload` points into `buf`, or to memory that lives until the ring is gone; the driver keeps within
+    /// the bytes that this command gives it there.
+    ///
+    /// # Panics
+    /// If the slot was given back.
+    pub unsafe fn command(&mut self, token: Token, file: FileSlot, code: u32, payload: [u8; 16], buf: Option<B>) {
+        self.start(Operation::new(token, Some(file), Kind::Command { code, payload, buf }));
+    }
+
     fn scratch(&mut self) -> Box<Scratch> {
         self.spare.pop().unwrap_or_else(Scratch::new)
     }
@@ -327,7 +354,9 @@ impl<B: IoBuf> Reactor<B> {
             self.handle(key, 0, result);
             return true;
         }
-        let entries = match op.entries(&self.regions) {
+        let takes_regions = op.file.is_none_or(|file| self.files.takes_regions(file));
+        let is_command = op.kind.is_command();
+        let entries = match op.entries(&takes_regions.then_some(&self.regions)) {
             Entries::One(entry) => [Some(entry.user_data(key.raw())), None],
             Entries::Linked([first, second]) => {
                 [Some(first.user_data(key.raw())), Some(second.user_data(key.raw() | PART))]
@@ -340,13 +369,14 @@ impl<B: IoBuf> Reactor<B> {
         }
         for entry in entries.iter().flatten() {
             // SAFETY: all addresses in the entry point into the operation `key` of the table (bytes of an `IoBuf`, which
-            // stay in place, or boxed headers), and the table keeps the operation, untouched, until the kernel has
+            // stay in place, or boxed headers; for a command its submitter promised that), and the table keeps the operation, untouched, until the kernel has
             // reported every part of it; `Drop` waits or leaks. The file is an entry of the registered table.
             unsafe { queue.push(entry) }.expect("there was room for all parts");
         }
         drop(queue);
         op.parts = u8::try_from(parts).expect("one or two");
         self.owed += u32::from(op.parts);
+        self.commands += u32::from(is_command);
         true
     }
 
@@ -434,6 +464,7 @@ impl<B: IoBuf> Reactor<B> {
 
     fn handle(&mut self, key: Key, part: u64, result: i32) {
         let op = self.ops.get_mut(key).expect("an operation stays in the table until its last completion");
+        self.commands -= u32::from(op.kind.is_command());
         let ended = self.dropping
             || op.cancelled
             || op.file.is_some_and(|file| op.kind.is_network() && self.files.is_closing(file));
@@ -456,6 +487,7 @@ impl<B: IoBuf> Reactor<B> {
                 self.spare.extend(scratch);
                 self.ended_net.push_back(NetCompletion { token, result, event });
             }
+            Report::Command(buf, result) => self.ended_commands.push_back(CommandCompletion { token, result, buf }),
         }
     }
 }
@@ -502,7 +534,7 @@ impl<B: IoBuf> Drop for Reactor<B> {
         let deadline = now() + DROP_WAIT;
         let cancel = opcode::AsyncCancel2::new(CancelBuilder::any()).build().user_data(CANCEL);
         let mut cancelled = false;
-        while self.owed > 0 {
+        while self.owed > self.commands {
             if !cancelled {
                 cancelled = self.push_plain(&cancel);
             }

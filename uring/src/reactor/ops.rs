@@ -72,6 +72,12 @@ pub(super) enum Kind<B> {
         at: Instant,
         scratch: Box<Scratch>,
     },
+    /// `IORING_OP_URING_CMD`: what it means is between the file's driver and the front end.
+    Command {
+        code: u32,
+        payload: [u8; 16],
+        buf: Option<B>,
+    },
 }
 
 /// The two halves of [`Kind::WriteThenSync`].
@@ -122,6 +128,13 @@ pub(super) trait Regions {
     fn find(&self, start: *const u8, len: u32) -> Option<u16>;
 }
 
+/// The registered buffers, or none where the file's driver takes ordinary memory only.
+impl<R: Regions> Regions for Option<&R> {
+    fn find(&self, start: *const u8, len: u32) -> Option<u16> {
+        self.and_then(|regions| regions.find(start, len))
+    }
+}
+
 impl<B: IoBuf> Operation<B> {
     pub(super) fn new(token: Token, file: Option<FileSlot>, kind: Kind<B>) -> Self {
         Self { token, file, kind, done: 0, parts: 0, cancelled: false, retries: 0 }
@@ -138,7 +151,8 @@ impl<B: IoBuf> Operation<B> {
             | Kind::Allocate { .. }
             | Kind::Accept
             | Kind::Recv { .. }
-            | Kind::Timeout { .. } => false,
+            | Kind::Timeout { .. }
+            | Kind::Command { .. } => false,
         }
     }
 
@@ -154,7 +168,8 @@ impl<B: IoBuf> Operation<B> {
             | Kind::Accept
             | Kind::Recv { .. }
             | Kind::Send { .. }
-            | Kind::Timeout { .. } => return None,
+            | Kind::Timeout { .. }
+            | Kind::Command { .. } => return None,
         };
         let (slot, done) = (self.file?, self.done as usize);
         let (offset, left) = (offset + u64::from(self.done), len - self.done);
@@ -219,6 +234,7 @@ impl<B: IoBuf> Operation<B> {
                 scratch.time = Timespec::from(at.saturating_duration_since(now()));
                 opcode::Timeout::new(&raw const scratch.time).build()
             }
+            Kind::Command { code, payload, .. } => opcode::UringCmd16::new(file, *code).cmd(*payload).build(),
         })
     }
 
@@ -269,6 +285,9 @@ impl<B: IoBuf> Operation<B> {
             Kind::Accept => Step::Done(Ok(result.unsigned_abs())),
             Kind::Timeout { .. } if result == -libc::ETIME || result == 0 => Step::Done(Ok(0)),
             Kind::Timeout { .. } => self.failed(result, true),
+            // Its results are the driver's: none of them means "again" to us.
+            Kind::Command { .. } if result < 0 => self.failed(result, true),
+            Kind::Command { .. } => Step::Done(Ok(result.unsigned_abs())),
             Kind::WriteThenSync { .. } => unreachable!("handled above"),
         }
     }
@@ -311,6 +330,7 @@ impl<B: IoBuf> Operation<B> {
 pub(super) enum Report<B> {
     Io(Option<B>, io::Result<u32>),
     Net(NetEvent<B>, io::Result<u32>, Option<Box<Scratch>>),
+    Command(Option<B>, io::Result<u32>),
 }
 
 impl<B: IoBuf> Kind<B> {
@@ -335,7 +355,12 @@ impl<B: IoBuf> Kind<B> {
             }
             Self::Send { list } => Report::Net(NetEvent::Sent(list), result, None),
             Self::Timeout { scratch, .. } => Report::Net(NetEvent::Timeout, result, Some(scratch)),
+            Self::Command { buf, .. } => Report::Command(buf, result),
         }
+    }
+
+    pub(super) fn is_command(&self) -> bool {
+        matches!(self, Self::Command { .. })
     }
 
     pub(super) fn is_network(&self) -> bool {

@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::image::Image;
 use super::{SimRng, crashed};
 use crate::dir_storage::check_relative;
-use crate::{OpenMode, Storage, StorageFile};
+use crate::{BackingId, Device, OpenMode, Storage, StorageFile};
 
 /// A tree of files in memory. Clones are the same tree.
 ///
@@ -28,6 +28,15 @@ pub struct SimFile {
     path: PathBuf,
     inode: Inode,
     writable: bool,
+    /// Of a device: keeps others off it.
+    claim: Option<Arc<()>>,
+}
+
+/// A block device beside the tree.
+struct SimDevice {
+    id: BackingId,
+    inode: Inode,
+    claim: Weak<()>,
 }
 
 /// A call, as the fault hook sees it; the hook's path is the file's name when it was opened, or the folder's.
@@ -49,6 +58,8 @@ pub enum StorageOp {
     PunchHole,
     Reserve,
     Seek,
+    OpenDevice,
+    Allocated,
 }
 
 trait Fault: Send {
@@ -68,6 +79,7 @@ struct Tree {
     /// Changes of names whose folder was not synced since, oldest first.
     changes: Vec<NameChange>,
     inodes: u64,
+    devices: BTreeMap<PathBuf, SimDevice>,
     rng: SimRng,
     ops: u64,
     crash_at: Option<u64>,
@@ -109,6 +121,7 @@ impl SimStorage {
             durable: BTreeMap::new(),
             changes: Vec::new(),
             inodes: 0,
+            devices: BTreeMap::new(),
             rng,
             ops: 0,
             crash_at: None,
@@ -195,6 +208,15 @@ impl SimStorage {
         let inode = tree.file(&clean(path)?)?;
         inode.lock().flip(offset, mask);
         Ok(())
+    }
+
+    /// Puts a blank device of `size` bytes at `path`, in place of what was there. It outlives crashes; `id` is its identity.
+    pub fn add_device(&self, path: &Path, size: u64, id: &str) {
+        let mut tree = self.lock();
+        tree.inodes += 1;
+        let inode = Inode { number: tree.inodes, content: Arc::new(Mutex::new(Image::with_len(size))) };
+        let id = BackingId::from_text(format!("sim serial={id} size={size}"));
+        tree.devices.insert(path.to_owned(), SimDevice { id, inode, claim: Weak::new() });
     }
 
     fn lock(&self) -> MutexGuard<'_, Tree> {
@@ -371,6 +393,10 @@ impl Tree {
                 inode.lock().crash(rng);
             }
         }
+        for device in self.devices.values_mut() {
+            device.inode.lock().crash(rng);
+            device.claim = Weak::new();
+        }
         self.names = self.durable.clone();
         self.life += 1;
         self.crash_at = None;
@@ -394,6 +420,10 @@ impl Tree {
             names.iter().map(entry).collect()
         };
         let (names, durable) = (nodes(&self.names), nodes(&self.durable));
+        let devices = self.devices.iter().map(|(path, device)| {
+            (path.clone(), SimDevice { id: device.id.clone(), inode: copy(&device.inode), claim: Weak::new() })
+        });
+        let devices = devices.collect();
         let changes = self.changes.iter().map(|change| change.with_inode(&mut copy)).collect();
         Self {
             life: self.life,
@@ -401,6 +431,7 @@ impl Tree {
             durable,
             changes,
             inodes: self.inodes,
+            devices,
             rng: self.rng.fork(),
             ops: self.ops,
             crash_at: None,
@@ -485,7 +516,7 @@ impl Storage for SimStorage {
         self.call(StorageOp::Open, path, |tree, path| {
             let inode = if mode == OpenMode::CreateNew { tree.create(path)? } else { tree.file(path)? };
             let (shared, path, writable) = (Arc::clone(&self.shared), path.to_owned(), mode != OpenMode::Read);
-            Ok(Arc::new(SimFile { shared, life: self.life, path, inode, writable }))
+            Ok(Arc::new(SimFile { shared, life: self.life, path, inode, writable, claim: None }))
         })
     }
 
@@ -541,9 +572,37 @@ impl Storage for SimStorage {
         }
         Ok(tree.capacity.saturating_sub(tree.used()))
     }
+
+    fn open_device(&self, path: &Path) -> io::Result<Device<SimFile>> {
+        let mut tree = self.lock();
+        match tree.begin(self.life, StorageOp::OpenDevice, path)? {
+            Begin::Run => {}
+            Begin::Fail(error) => return Err(error),
+            Begin::Crash { .. } => return Err(crashed()),
+        }
+        let device = tree.devices.get_mut(path).ok_or_else(|| not_found(path))?;
+        if device.claim.upgrade().is_some() {
+            return Err(ErrorKind::ResourceBusy.into());
+        }
+        let claim = Arc::new(());
+        device.claim = Arc::downgrade(&claim);
+        let (inode, id) = (device.inode.clone(), device.id.clone());
+        let size = inode.lock().len();
+        let (shared, path) = (Arc::clone(&self.shared), path.to_owned());
+        let file = SimFile { shared, life: self.life, path, inode, writable: true, claim: Some(claim) };
+        Ok(Device { file: Arc::new(file), size, id })
+    }
 }
 
 impl SimFile {
+    /// A device keeps its length.
+    fn check_length(&self, end: u64) -> io::Result<()> {
+        if self.claim.is_some() && end > self.inode.lock().len() {
+            return Err(ErrorKind::InvalidInput.into());
+        }
+        Ok(())
+    }
+
     /// Asks for faults, counts, and runs the call. `partly`: what a failing call still does.
     fn call<T>(
         &self,
@@ -576,6 +635,10 @@ impl SimFile {
 
     /// Room for `len` bytes at `offset`; holes that become data count as what they add.
     fn check_space(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.check_length(offset.saturating_add(len))?;
+        if self.claim.is_some() {
+            return Ok(());
+        }
         let tree = lock_tree(&self.shared);
         // Counting all files at every write is only worth it where a test has set a limit.
         if tree.capacity == CAPACITY {
@@ -627,6 +690,9 @@ impl StorageFile for SimFile {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.check_writable()?;
+        if self.claim.is_some() && len != self.inode.lock().len() {
+            return Err(ErrorKind::InvalidInput.into());
+        }
         let set = |image: &mut Image, _: &mut SimRng| {
             image.set_len(len);
             Ok(())
@@ -645,6 +711,9 @@ impl StorageFile for SimFile {
 
     fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check_writable()?;
+        if self.claim.is_some() {
+            return Ok(());
+        }
         let free = {
             let tree = lock_tree(&self.shared);
             tree.capacity.saturating_sub(tree.used())
@@ -657,11 +726,25 @@ impl StorageFile for SimFile {
     }
 
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        self.call(StorageOp::Seek, |image, _| Ok(image.next_data(offset)), |_, _| {})
+        let is_device = self.claim.is_some();
+        let next = |image: &mut Image, _: &mut SimRng| {
+            if is_device { Ok((offset < image.len()).then_some(offset)) } else { Ok(image.next_data(offset)) }
+        };
+        self.call(StorageOp::Seek, next, |_, _| {})
     }
 
     fn next_hole(&self, offset: u64) -> io::Result<u64> {
-        self.call(StorageOp::Seek, |image, _| Ok(image.next_hole(offset)), |_, _| {})
+        let is_device = self.claim.is_some();
+        let next = |image: &mut Image, _: &mut SimRng| {
+            if is_device { Ok(image.len().max(offset)) } else { Ok(image.next_hole(offset)) }
+        };
+        self.call(StorageOp::Seek, next, |_, _| {})
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        let is_device = self.claim.is_some();
+        let bytes = |image: &mut Image, _: &mut SimRng| Ok(if is_device { image.len() } else { image.allocated() });
+        self.call(StorageOp::Allocated, bytes, |_, _| {})
     }
 }
 

@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use farshore_uring::sim::{SimRng, SimStorage};
-use farshore_uring::{DirStorage, OpenMode, Storage, StorageFile, replace_file};
+use farshore_uring::{DirStorage, OpenMode, Storage, StorageFile, replace_file, replace_files};
 
 fn on_both(check: impl Fn(&dyn Fn() -> Kind) -> io::Result<()>) -> io::Result<()> {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
@@ -84,6 +84,86 @@ fn check_names<S: Storage>(storage: &S) -> io::Result<()> {
     assert_eq!(state.len()?, 1);
     assert_eq!(storage.list(path("d"))?, ["c", "state"].map(PathBuf::from));
     assert!(storage.free_bytes()? > 0);
+    replace_files(storage, &[path("d/state"), path("d/copy")], b"both")?;
+    for name in ["d/state", "d/copy"] {
+        let mut bytes = [0; 4];
+        storage.open(path(name), OpenMode::Read)?.read_at(&mut bytes, 0)?;
+        assert_eq!(&bytes, b"both");
+    }
+    assert_eq!(storage.list(path("d"))?, ["c", "copy", "state"].map(PathBuf::from));
+    Ok(())
+}
+
+/// Goal: a folder that was removed behind our back is made again, though it is remembered as durable.
+#[test]
+fn a_removed_folder_is_made_again() -> io::Result<()> {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let storage = DirStorage::open(folder.path())?;
+    for _ in 0..2 {
+        storage.create_dir_all(Path::new("a/b"))?;
+        storage.open(Path::new("a/b/file"), OpenMode::CreateNew)?.sync()?;
+        std::fs::remove_dir_all(folder.path().join("a"))?;
+    }
+    Ok(())
+}
+
+/// Goal: a device is one's alone, keeps its size, and holds what is written to it at any offset and length.
+#[test]
+fn devices() -> io::Result<()> {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let path = folder.path().join("device");
+    // A size that is a multiple of 512 but not of 4096 rules direct I/O out on file systems that want 4096.
+    for size in [300 * 4096, 300 * 4096 + 512] {
+        std::fs::write(&path, vec![0; size])?;
+        let dir = DirStorage::open(folder.path())?;
+        assert_eq!(kind_of(dir.open_device(&path)), ErrorKind::InvalidInput, "a file is no device");
+        assert_eq!(kind_of(dir.open_device(Path::new("device"))), ErrorKind::InvalidInput, "a relative path");
+        check_device(&dir.with_files_as_devices(), &path, size)?;
+        let sim = SimStorage::new(SimRng::new(1));
+        sim.add_device(&path, size as u64, "A");
+        check_device(&sim, &path, size)?;
+        assert_eq!(kind_of(sim.open_device(Path::new("/dev/none"))), ErrorKind::NotFound);
+    }
+    Ok(())
+}
+
+fn check_device<S: Storage>(storage: &S, path: &Path, size: usize) -> io::Result<()> {
+    let device = storage.open_device(path)?;
+    let busy = kind_of(storage.open_device(path));
+    assert!(matches!(busy, ErrorKind::ResourceBusy | ErrorKind::WouldBlock), "{busy}");
+    let (file, end) = (&*device.file, size as u64);
+    assert_eq!((device.size, file.len()?, file.allocated()?), (end, end, end));
+    assert_eq!((file.next_data(7)?, file.next_data(end)?, file.next_hole(7)?), (Some(7), None, end));
+    assert!(file.set_len(end + 512).is_err() && file.write_at(&[1; 2], end - 1).is_err());
+    assert_eq!(kind_of(file.read_at(&mut [0; 2], end - 1)), ErrorKind::UnexpectedEof);
+    let mut rng = SimRng::new(end);
+    let mut model = vec![0; size];
+    for round in 0..60 {
+        let offset = rng.index(size);
+        let len = 1 + rng.index((size - offset).min(if round % 8 == 0 { 400_000 } else { 9000 }));
+        let range = offset..offset + len;
+        if rng.chance(1, 3) {
+            file.punch_hole(offset as u64, len as u64)?;
+            model[range].fill(0);
+        } else {
+            rng.fill(&mut model[range.clone()]);
+            file.write_at(&model[range], offset as u64)?;
+        }
+    }
+    file.sync()?;
+    let id = device.id.clone();
+    drop(device);
+    let again = storage.open_device(path)?;
+    assert_eq!(again.id, id);
+    let mut found = vec![1; size];
+    again.file.read_at(&mut found, 0)?;
+    assert!(found == model);
+    let mut piece = vec![0; 1000];
+    again.file.read_at(&mut piece, 4095)?;
+    assert!(piece == model[4095..5095]);
+    again.file.punch_hole(0, u64::MAX)?;
+    again.file.read_at(&mut found, 0)?;
+    assert!(found.iter().all(|byte| *byte == 0), "all of it is zero");
     Ok(())
 }
 
