@@ -129,6 +129,9 @@ pub(crate) enum Command {
     /// Say which hosts may write a group (target).
     #[command(subcommand)]
     Group(GroupCommand),
+    /// Put the base (replica) of a volume on a block device (target).
+    #[command(subcommand)]
+    Base(BaseCommand),
     /// List recovery points (target).
     #[command(after_help = "Example:\n  farshore points db --from 2026-01-31T08:00:00Z")]
     Points {
@@ -237,6 +240,12 @@ pub(crate) enum VaultCommand {
         #[arg(long, default_value_t = 365)]
         days: u32,
     },
+    /// Add a data key of the next epoch. Bundles issued from now on carry it; older ones keep working.
+    #[command(after_help = "Example:\n  farshore vault rotate-key /srv/vault")]
+    RotateKey {
+        /// The vault's folder.
+        dir: PathBuf,
+    },
 }
 
 /// `agent …`
@@ -283,6 +292,13 @@ pub(crate) enum TargetCommand {
         after_help = "Example:\n  farshore target run --identity dr.bundle --data /srv/farshore --listen 0.0.0.0:7400"
     )]
     Run(TargetRun),
+    /// Let retention go on after the catalog was made again without its holds (alarm catalog.rebuilt). Put the holds back first:
+    /// what retention takes then is gone.
+    #[command(after_help = "Example:\n  farshore hold add db bookmark:audit\n  farshore target resume-retention")]
+    ResumeRetention {
+        #[command(flatten)]
+        socket: TargetSocket,
+    },
 }
 
 /// Flags of `target run`; each can stand in the configuration file.
@@ -328,6 +344,50 @@ pub(crate) enum GroupCommand {
         /// Even if the host is connected now.
         #[arg(long)]
         force: bool,
+        #[command(flatten)]
+        socket: TargetSocket,
+    },
+}
+
+/// `base …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum BaseCommand {
+    /// Give a device to a volume that no source has brought yet: makes ALL of the device zero, then keeps the volume's replica
+    /// on it. For a volume that has its base on a device already: takes the same device under another identity, after
+    /// comparing all of it.
+    #[command(
+        after_help = "Example:\n  farshore group add db db1\n  farshore base attach db/data /dev/disk/by-id/nvme-eui.0025385\n\nThe device must be at least as large as the volume, unmounted, and blank at both ends (or --overwrite)."
+    )]
+    Attach {
+        /// GROUP/VOLUME.
+        volume: String,
+        /// Block device, by its whole path; one below /dev/disk/by-id keeps its name.
+        device: PathBuf,
+        /// All that is on the device may go.
+        #[arg(long)]
+        overwrite: bool,
+        /// Host whose volume it is, in a group of several hosts.
+        #[arg(long)]
+        host: Option<String>,
+        #[command(flatten)]
+        socket: TargetSocket,
+    },
+    /// Take a device back from a volume that no source has brought yet.
+    #[command(after_help = "Example:\n  farshore base detach db/data")]
+    Detach {
+        /// GROUP/VOLUME.
+        volume: String,
+        /// Host whose volume it is, in a group of several hosts.
+        #[arg(long)]
+        host: Option<String>,
+        #[command(flatten)]
+        socket: TargetSocket,
+    },
+    /// List where the bases of a group's volumes are.
+    #[command(after_help = "Example:\n  farshore base list db")]
+    List {
+        /// Group.
+        group: String,
         #[command(flatten)]
         socket: TargetSocket,
     },

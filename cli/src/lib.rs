@@ -42,6 +42,7 @@ fn run(command: Command, output: &Output) -> anyhow::Result<()> {
         Command::Vault(command) => vault::run(command, output),
         Command::Agent(AgentCommand::Run(args)) => agent_run::run(args),
         Command::Target(TargetCommand::Run(args)) => target_run::run(args),
+        Command::Target(TargetCommand::ResumeRetention { socket }) => views::resume_retention(&socket, output),
         Command::Journal(command) => journal::run(command, output),
         Command::Bench(args) => bench::run(&args, output),
         command @ (Command::Protect { .. }
@@ -54,6 +55,7 @@ fn run(command: Command, output: &Output) -> anyhow::Result<()> {
         | Command::Alarms { .. }) => source::run(command, output),
         command @ (Command::Groups { .. }
         | Command::Group(_)
+        | Command::Base(_)
         | Command::Points { .. }
         | Command::Hold(_)
         | Command::View(_)

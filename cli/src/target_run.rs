@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use farshore_link::identity::Identity;
 use farshore_link::quic::TargetLimits;
+use farshore_target::scratch::{RESERVE_BYTES, Space};
 use farshore_target::server::{DataLock, Server, target_keys};
 use farshore_target::target::{Target, TargetConfig};
 use farshore_uring::DirStorage;
@@ -34,6 +35,11 @@ struct TargetFile {
     socket: Option<PathBuf>,
     /// Bytes of opened frames kept in memory.
     frame_cache: Option<u64>,
+    /// Bytes that what is written to a view may take, per volume. Default: as many as the volume has.
+    view_limit: Option<u64>,
+    /// Free bytes of the data folder's disk that views leave alone: their writes get `ENOSPC` before. Default 1 GiB; give at
+    /// least what the groups bring while a view is open.
+    view_reserve: Option<u64>,
 }
 
 fn read(path: &Path) -> Result<TargetFile> {
@@ -67,7 +73,8 @@ pub(crate) fn run(args: TargetRun) -> Result<()> {
     }
     let target = Arc::new(Target::open(storage, keys, config).map_err(Failure::from)?);
     let sockets = socket.parent().unwrap_or(Path::new("/")).join("views");
-    let service = Arc::new(Service::new(Arc::clone(&target), sockets));
+    let space = Space { limit: file.view_limit, reserve: file.view_reserve.unwrap_or(RESERVE_BYTES) };
+    let service = Arc::new(Service::new(Arc::clone(&target), sockets, space));
     let mut server =
         Server::start(target, listen, Arc::new(identity), TargetLimits::default()).map_err(Failure::from)?;
     tracing::info!(address = %server.local_addr(), data = %data.display(), "target is listening");

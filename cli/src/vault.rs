@@ -1,4 +1,4 @@
-//! `vault init` and `vault issue`.
+//! `vault init`, `vault issue` and `vault rotate-key`.
 
 use anyhow::Result;
 use farshore_link::identity::Vault;
@@ -48,6 +48,21 @@ pub(crate) fn run(command: VaultCommand, output: &Output) -> Result<()> {
                     cell(&made["name"]),
                     cell(&made["out"]),
                     cell(&made["not_after"])
+                )
+            });
+        }
+        VaultCommand::RotateKey { dir } => {
+            let failed = |error: farshore_link::Error| Failure::failed("vault", error.to_string());
+            let mut vault = Vault::open(&dir).map_err(failed)?;
+            let epoch = vault.rotate_key().map_err(failed)?;
+            let document = json!({ "vault": vault.id().to_string(), "epoch": epoch.0, "dir": dir });
+            output.show(&document, |made| {
+                format!(
+                    "epoch {} of the data key is in {}: copy that folder offline again.\n\
+                     Now issue new bundles: to the targets first, then to the agents, which seal with it from then on.\n\
+                     Agents with older bundles keep working; their batches stay sealed with the older key.",
+                    cell(&made["epoch"]),
+                    cell(&made["dir"])
                 )
             });
         }

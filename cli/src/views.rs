@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use crate::args::{Command, GroupCommand, HoldCommand, PolicyCommand, ViewCommand};
+use crate::args::{BaseCommand, Command, GroupCommand, HoldCommand, PolicyCommand, TargetSocket, ViewCommand};
 use crate::client::Daemon;
 use crate::failure::Failure;
 use crate::output::{Output, cell, seconds, size, table};
@@ -38,6 +38,7 @@ pub(crate) fn run(command: Command, output: &Output) -> Result<()> {
             }
             output.show(&Daemon::target(&socket.target).get(&path)?, points_text);
         }
+        Command::Base(command) => base(command, output)?,
         Command::Hold(command) => hold(command, output)?,
         Command::View(command) => view(command, output)?,
         Command::Restore { volume, at, out, socket } => {
@@ -73,6 +74,50 @@ fn escape(text: &str) -> String {
             _ => format!("%{byte:02X}"),
         })
         .collect()
+}
+
+/// `target resume-retention`
+pub(crate) fn resume_retention(socket: &TargetSocket, output: &Output) -> Result<()> {
+    let done = Daemon::target(&socket.target).post("/v1/retention/resume", &json!({}))?;
+    output.show(&done, |done| match done["reason"].as_str() {
+        None => "retention was not suspended".to_owned(),
+        Some(reason) => format!("retention goes on; it was suspended: {reason}"),
+    });
+    Ok(())
+}
+
+fn base(command: BaseCommand, output: &Output) -> Result<()> {
+    match command {
+        BaseCommand::Attach { volume, device, overwrite, host, socket } => {
+            let body = json!({ "volume": volume, "device": device, "overwrite": overwrite, "host": host });
+            let target = Daemon::target(&socket.target);
+            let job = follow(&target, "/v1/base/attach", &format!("prepare {}", device.display()), &body, output)?;
+            output.show(&job, |job| {
+                format!("{} carries the base of {volume} ({})", cell(&job["device"]), size(&job["size_bytes"]))
+            });
+        }
+        BaseCommand::Detach { volume, host, socket } => {
+            let body = json!({ "volume": volume, "host": host });
+            let gone = Daemon::target(&socket.target).post("/v1/base/detach", &body)?;
+            output.show(&gone, |gone| format!("{} is free again", cell(&gone["device"])));
+        }
+        BaseCommand::List { group, socket } => {
+            let bases = Daemon::target(&socket.target).get(&format!("/v1/bases?group={}", escape(&group)))?;
+            output.show(&bases, |bases| {
+                rows(bases, &["VOLUME", "HOST", "DEVICE", "SIZE", "STATE"], |base| {
+                    let device = base["device"].as_str().unwrap_or("(file)");
+                    vec![
+                        cell(&base["volume"]),
+                        cell(&base["host"]),
+                        device.to_owned(),
+                        size(&base["size_bytes"]),
+                        cell(&base["state"]),
+                    ]
+                })
+            });
+        }
+    }
+    Ok(())
 }
 
 fn hold(command: HoldCommand, output: &Output) -> Result<()> {
@@ -135,10 +180,11 @@ fn view(command: ViewCommand, output: &Output) -> Result<()> {
     Ok(())
 }
 
-fn restore(target: &Daemon, what: &str, body: &Value, output: &Output) -> Result<()> {
-    let started = target.post("/v1/restore", body)?;
+/// Starts a job and shows its progress until it ends; gives its last document.
+fn follow(target: &Daemon, path: &str, title: &str, body: &Value, output: &Output) -> Result<Value> {
+    let started = target.post(path, body)?;
     let path = format!("/v1/job?id={}", cell(&started["job"]));
-    let mut progress = output.progress(&format!("restore {what}"), started["total_bytes"].as_u64().unwrap_or(0));
+    let mut progress = output.progress(title, started["total_bytes"].as_u64().unwrap_or(0));
     let job = loop {
         let job = target.get(&path)?;
         progress.set(job["done_bytes"].as_u64().unwrap_or(0), job["total_bytes"].as_u64().unwrap_or(0));
@@ -151,6 +197,11 @@ fn restore(target: &Daemon, what: &str, body: &Value, output: &Output) -> Result
     if job["state"] == "failed" {
         return Err(Failure::from_answer(&job, 500).into());
     }
+    Ok(job)
+}
+
+fn restore(target: &Daemon, what: &str, body: &Value, output: &Output) -> Result<()> {
+    let job = follow(target, "/v1/restore", &format!("restore {what}"), body, output)?;
     output.show(&job, |job| {
         format!(
             "restored {what} at {} ({}): {} in {}",

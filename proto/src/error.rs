@@ -37,6 +37,9 @@ pub enum Error {
     /// A step that the session's state does not allow.
     #[error("session: {got} while {state}")]
     Unexpected { got: &'static str, state: &'static str },
+    /// A source greets with a key that the target was not given.
+    #[error("the source has the key of epoch {epoch}, this target has none of it: give the target a newer bundle")]
+    UnknownKey { epoch: crate::KeyEpoch },
 }
 
 /// Result of this crate.

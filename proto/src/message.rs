@@ -7,8 +7,8 @@
 use crate::batch::VolumeDecl;
 use crate::keys::AnswerKey;
 use crate::{
-    BatchNo, ChainHash, ChunkId, Error, Generation, GroupId, Incarnation, Name, Position, Result, VaultId, VolumeIndex,
-    WallTime, codec,
+    BatchNo, ChainHash, ChunkId, Error, Generation, GroupId, Incarnation, KeyEpoch, Name, Position, Result, VaultId,
+    VolumeIndex, WallTime, codec,
 };
 
 /// Version of the messages and of the batch format that goes with them.
@@ -24,7 +24,7 @@ const WHAT: &str = "message";
 /// From source to target.
 #[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
 pub enum SourceMessage {
-    /// First message of a session.
+    /// First message of a session, of a source that does not say which key it has: answers are authenticated by the newest.
     Hello(Hello),
     /// The group's volumes changed.
     Volumes(Vec<VolumeDecl>),
@@ -32,6 +32,14 @@ pub enum SourceMessage {
     Ping(u64),
     /// The source stops on purpose; what it sent stays valid.
     Bye,
+    /// First message of a session: answers are to be authenticated by the host's key of this epoch. A source whose bundle is
+    /// older than the newest epoch has no other.
+    KeyedHello {
+        /// Epoch of the key with which the source seals.
+        epoch: KeyEpoch,
+        /// Who speaks.
+        hello: Hello,
+    },
 }
 
 /// Who speaks and for which stream.

@@ -101,11 +101,48 @@ impl Kind {
         matches!(self, Self::SyncData | Self::SyncZero | Self::Probe | Self::ProbeZero)
     }
 
+    /// What it says of the cuts behind it; `None`: nothing.
+    #[must_use]
+    pub fn mark(self) -> Option<Mark> {
+        match self {
+            Self::EventBegin => Some(Mark::Event { open: true }),
+            Self::EventEnd => Some(Mark::Event { open: false }),
+            Self::VolumeJoined => Some(Mark::Volume { joined: true }),
+            Self::VolumeLeft => Some(Mark::Volume { joined: false }),
+            Self::Noop
+            | Self::Write
+            | Self::WriteZeroes
+            | Self::Discard
+            | Self::SyncData
+            | Self::Probe
+            | Self::ProbeZero
+            | Self::Cut
+            | Self::Bookmark
+            | Self::Unreadable
+            | Self::SyncZero => None,
+        }
+    }
+
     /// May stand in a batch's record list.
     #[must_use]
     pub fn in_batch(self) -> bool {
         !matches!(self, Self::Noop | Self::Cut | Self::Bookmark)
     }
+}
+
+/// How a record changes what later cuts are. Source and target follow the same marks, each in its own state.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mark {
+    /// No cut is recoverable while an event is open.
+    Event {
+        /// It begins; else it ends.
+        open: bool,
+    },
+    /// Points include the record's volume, or no longer.
+    Volume {
+        /// It joins; else it leaves.
+        joined: bool,
+    },
 }
 
 /// One record of a batch.

@@ -195,7 +195,9 @@ fn messages_of_the_source() {
         nonce: NONCE,
         volumes: volumes(),
     };
+    let keyed = SourceMessage::KeyedHello { epoch: KeyEpoch(0x0102), hello: hello.clone() };
     let messages = [
+        ("source-keyed-hello.bin", keyed),
         ("source-hello.bin", SourceMessage::Hello(hello)),
         ("source-volumes.bin", SourceMessage::Volumes(volumes())),
         ("source-ping.bin", SourceMessage::Ping(0x0102_0304_0506_0708)),

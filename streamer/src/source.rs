@@ -2,7 +2,7 @@
 
 use std::ops::Deref;
 
-use farshore_proto::record::Kind;
+use farshore_proto::record::{Kind, Mark};
 use farshore_proto::{BatchNo, ChainHash, Incarnation, Position, VolumeIndex, WallTime};
 
 use crate::Result;
@@ -182,24 +182,13 @@ impl StreamFlags {
 
     /// Applies one entry.
     pub fn apply(&mut self, kind: Kind, volume: VolumeIndex) {
-        match kind {
-            Kind::EventBegin => self.event_open = true,
-            Kind::EventEnd => self.event_open = false,
-            Kind::VolumeJoined => {
+        match kind.mark() {
+            Some(Mark::Event { open }) => self.event_open = open,
+            Some(Mark::Volume { joined: true }) => {
                 self.joined.insert(volume);
             }
-            Kind::VolumeLeft => self.joined.remove(volume),
-            Kind::Noop
-            | Kind::Write
-            | Kind::WriteZeroes
-            | Kind::Discard
-            | Kind::SyncData
-            | Kind::Probe
-            | Kind::ProbeZero
-            | Kind::Cut
-            | Kind::Bookmark
-            | Kind::Unreadable
-            | Kind::SyncZero => {}
+            Some(Mark::Volume { joined: false }) => self.joined.remove(volume),
+            None => {}
         }
     }
 }

@@ -21,6 +21,8 @@ pub enum AlarmCode {
     JournalSyncFailed,
     /// Stored bytes of a journal are not what was written.
     JournalDamaged,
+    /// An entry of a segment is unreadable as stored; the index still leads to all that it holds, so that nothing is lost yet.
+    EntryDamaged,
     /// A footer was unreadable and was made again from its segment's entries.
     FooterRebuilt,
     /// A stream's journal cannot be opened.
@@ -33,6 +35,8 @@ pub enum AlarmCode {
     BatchRefused,
     /// A host that may not write the group tried to.
     NotAMember,
+    /// A host seals with keys of an epoch that this target was not given.
+    KeyUnknown,
     /// The source's device has sectors that cannot be read; their content is unknown here too.
     SourceUnreadable,
     /// A base could not be written.
@@ -51,12 +55,14 @@ impl AlarmCode {
             Self::DiskFull => "target.disk_full",
             Self::JournalSyncFailed => "journal.sync_failed",
             Self::JournalDamaged => "journal.damaged",
+            Self::EntryDamaged => "journal.entry_damaged",
             Self::FooterRebuilt => "journal.footer_rebuilt",
             Self::StreamUnavailable => "stream.unavailable",
             Self::CatalogCopyDamaged => "catalog.copy_damaged",
             Self::CatalogRebuilt => "catalog.rebuilt",
             Self::BatchRefused => "stream.batch_refused",
             Self::NotAMember => "stream.not_a_member",
+            Self::KeyUnknown => "stream.key_unknown",
             Self::SourceUnreadable => "source.unreadable",
             Self::BaseFailed => "base.failed",
             Self::RetentionStopped => "retention.stopped",

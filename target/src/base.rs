@@ -1,6 +1,6 @@
-//! A volume's base: the state at the horizon, as a sparse raw file, with a hash per slot beside it.
+//! A volume's base: the state at the horizon, as a sparse raw file or a block device, with a hash per slot beside it.
 //!
-//! Files, in the stream's `base` folder: `v<index>.raw` (the volume's bytes), `v<index>.hashes` (a header, then 32 bytes per
+//! Files, in the stream's `base` folder: `v<index>.raw` (the volume's bytes, unless a device has them), `v<index>.hashes` (a header, then 32 bytes per
 //! slot), `v<index>.intent` (what the write under way will have changed). Byte tables: `docs/formats/base.md`.
 //!
 //! # Writing
@@ -9,10 +9,15 @@
 //! 2. the slots' bytes; sync,
 //! 3. the slots' hashes; sync.
 //!
-//! After a crash the intent is the last chunk's: each of its slots whose bytes have the new hash gets it, one whose bytes have
-//! the old one keeps it, and any other (torn) is marked unknown: it holds a mixture of the two by sectors. Readers need not
+//! After a crash the intent is the last chunk's: each of its slots whose hash is not the new one yet gets it if its bytes have
+//! it, keeps the old one if they have that, and is marked unknown otherwise (torn): it holds a mixture of the two by sectors. Readers need not
 //! care: whoever moves the base has the newer versions above it still visible, and whoever syncs sends again.
 //! A sync that fails stops all writing until the base is opened again.
+//!
+//! # On a device
+//! The volume's bytes begin at the device's first. It was made zero before its first use ([`crate::bases`]), so that a hole is
+//! the same on both: a slot without a hash reads as zeroes, and is damaged if it does not. Where a slot's bytes are stored the
+//! device cannot tell, so it is the hashes that say what a zeroing need not touch.
 
 mod format;
 
@@ -24,7 +29,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use crate::error::{Error, IoContext, Kind, Result};
 use farshore_proto::batch::VolumeDecl;
 use farshore_proto::{Name, SLOT_BYTES, VolumeIndex};
-use farshore_uring::{OpenMode, Storage, StorageFile, replace_file};
+use farshore_uring::{Device, OpenMode, Storage, StorageFile, replace_file};
 use format::{
     HASH_BYTES, HASHES_AT, HEADER_BYTES, HOLE, IntentEntry, UNKNOWN, check_header, decode_intent, encode_intent,
     hash_slot, hashes_header, intent_bytes,
@@ -45,6 +50,7 @@ pub struct Base<S: Storage> {
     size: u64,
     data: Arc<S::File>,
     data_path: PathBuf,
+    on_device: bool,
     hashes: Arc<S::File>,
     hashes_path: PathBuf,
     intent: Arc<S::File>,
@@ -76,45 +82,148 @@ impl<S: Storage> Base<S> {
     /// shrank keeps it: points of before have the old size.
     ///
     /// # Errors
-    /// [`Kind::Damaged`] for a header that cannot be read, or data without its hashes; otherwise from the disk.
+    /// [`Kind::Damaged`] for a header that cannot be read, or data without its hashes or hashes without their data; otherwise
+    /// from the disk.
     pub fn open_or_create(storage: S, folder: PathBuf, decl: &VolumeDecl) -> Result<Self> {
         storage.create_dir_all(&folder).at("create folder", &folder)?;
-        let path = |end: &str| folder.join(format!("v{}.{end}", decl.index));
-        let (data_path, hashes_path, intent_path) = (path("raw"), path("hashes"), path("intent"));
-        let exists = storage.exists(&hashes_path).at("look for", &hashes_path)?;
+        let (data_path, hashes_path) = (part(&folder, decl, "raw"), part(&folder, decl, "hashes"));
+        let has = |path: &Path| storage.exists(path).at("look for", path);
+        let (has_data, has_hashes) = (has(&data_path)?, has(&hashes_path)?);
+        if has_hashes && !has_data {
+            let why = "is missing, but its hashes are there: restore it, or name the device that holds it \
+                       (`farshore base attach`)";
+            return Err(Error::damaged(&data_path, 0, why));
+        }
         let data = open_or_new(&storage, &data_path)?;
-        if !exists {
-            if data.next_data(0).at("seek in", &data_path)?.is_some() {
-                return Err(Error::damaged(
-                    &hashes_path,
-                    0,
-                    "is missing, but the volume's data is there; restore both together",
-                ));
-            }
-            replace_file(&storage, &hashes_path, &hashes_header(decl.index)).at("create", &hashes_path)?;
+        if !has_data {
+            // Its name is durable before that of the hashes: these without it are damage.
+            storage.sync_dir(&folder).at("sync folder", &folder)?;
+        }
+        if !has_hashes && data.next_data(0).at("seek in", &data_path)?.is_some() {
+            let why = "is missing, but the volume's data is there; restore both together";
+            return Err(Error::damaged(&hashes_path, 0, why));
+        }
+        let size = grow(&*data, decl.size).at("extend", &data_path)?;
+        let base = Self::assemble(&storage, &folder, decl, (data, data_path, false), size)?;
+        base.recover()?;
+        Ok(base)
+    }
+
+    /// Opens the base of a volume on a device, or begins one: then the device must be blank.
+    ///
+    /// # Errors
+    /// [`Kind::Refused`] for a device that is too small, or that is not blank though no base was begun on it; otherwise as
+    /// [`Self::open_or_create`].
+    pub fn open_on_device(
+        storage: S,
+        folder: PathBuf,
+        decl: &VolumeDecl,
+        device: Device<S::File>,
+        path: &Path,
+    ) -> Result<Self> {
+        let base = Self::assemble_on_device(&storage, &folder, decl, device, path)?;
+        base.recover()?;
+        Ok(base)
+    }
+
+    fn assemble_on_device(
+        storage: &S,
+        folder: &Path,
+        decl: &VolumeDecl,
+        device: Device<S::File>,
+        path: &Path,
+    ) -> Result<Self> {
+        storage.create_dir_all(folder).at("create folder", folder)?;
+        if device.size < decl.size {
+            let text = format!(
+                "device {}: has {} bytes, volume {} has {}: name one of at least that size",
+                path.display(),
+                device.size,
+                decl.name,
+                decl.size
+            );
+            return Err(Error::new(Kind::Refused, text));
+        }
+        let hashes_path = part(folder, decl, "hashes");
+        if !storage.exists(&hashes_path).at("look for", &hashes_path)? {
+            crate::bases::check_blank(&device, path)?;
+        }
+        Self::assemble(storage, folder, decl, (device.file, path.to_owned(), true), decl.size)
+    }
+
+    fn assemble(
+        storage: &S,
+        folder: &Path,
+        decl: &VolumeDecl,
+        (data, data_path, on_device): (Arc<S::File>, PathBuf, bool),
+        size: u64,
+    ) -> Result<Self> {
+        let (hashes_path, intent_path) = (part(folder, decl, "hashes"), part(folder, decl, "intent"));
+        if !storage.exists(&hashes_path).at("look for", &hashes_path)? {
+            replace_file(storage, &hashes_path, &hashes_header(decl.index)).at("create", &hashes_path)?;
         }
         let hashes = storage.open(&hashes_path, OpenMode::ReadWrite).at("open", &hashes_path)?;
         check_hashes_header::<S>(&hashes, &hashes_path, decl.index)?;
-        let intent = open_or_new(&storage, &intent_path)?;
-        let size = grow(&*data, decl.size).at("extend", &data_path)?;
+        let intent = open_or_new(storage, &intent_path)?;
         let slots = size.div_ceil(SLOT_BYTES);
         grow(&*hashes, HASHES_AT + slots * HASH_BYTES as u64).at("extend", &hashes_path)?;
-        storage.sync_dir(&folder).at("sync folder", &folder)?;
-        let base = Self {
+        storage.sync_dir(folder).at("sync folder", folder)?;
+        Ok(Self {
             volume: decl.index,
             name: decl.name.clone(),
             size,
             data,
             data_path,
+            on_device,
             hashes,
             hashes_path,
             intent,
             intent_path,
             pending: RwLock::default(),
             writer: Mutex::default(),
+        })
+    }
+
+    /// Whether a device holds what the hashes in `folder` say, slot by slot; changes nothing on it. `progress` is told the byte
+    /// reached.
+    ///
+    /// # Errors
+    /// [`Kind::Refused`] naming the first bytes that are others; otherwise from the disks.
+    pub(crate) fn compare_device(
+        storage: &S,
+        folder: &Path,
+        decl: &VolumeDecl,
+        device: Device<S::File>,
+        path: &Path,
+        progress: &mut impl FnMut(u64),
+    ) -> Result<()> {
+        let base = Self::assemble_on_device(storage, folder, decl, device, path)?;
+        // A slot whose stored hash is not yet the one promised was being written at a crash: it may be of before and after.
+        let intent = base.read_intent()?.unwrap_or_default();
+        let is_open = |slot: u64, stored: &[u8; HASH_BYTES]| {
+            intent.iter().any(|entry| entry.slots().contains(&slot) && entry.hash != *stored)
         };
-        base.recover()?;
-        Ok(base)
+        let (mut slot, mut bytes) = (0, vec![0; SLOT]);
+        while let Some(next) = base.next_hashed(slot, None)? {
+            let bytes = &mut bytes[..base.slot_len(next)];
+            let at = next * SLOT_BYTES;
+            let stored = base.read_hash(next)?;
+            if stored != UNKNOWN && !is_open(next, &stored) {
+                base.data.read_at(bytes, at).at("read", path)?;
+                if hash_slot(base.volume, next, bytes) != stored {
+                    let what = format!(
+                        "device {}: bytes {at}..{} are not those of volume {}: it is another device, or was written to",
+                        path.display(),
+                        at + bytes.len() as u64,
+                        decl.name
+                    );
+                    return Err(Error::new(Kind::Refused, what));
+                }
+            }
+            progress(at);
+            slot = next + 1;
+        }
+        Ok(())
     }
 
     /// Which volume.
@@ -135,6 +244,18 @@ impl<S: Storage> Base<S> {
         self.size
     }
 
+    /// A device holds the volume's bytes.
+    #[must_use]
+    pub fn is_on_device(&self) -> bool {
+        self.on_device
+    }
+
+    /// The file or device that holds the volume's bytes; of a file relative to the storage's root.
+    #[must_use]
+    pub fn data_path(&self) -> &Path {
+        &self.data_path
+    }
+
     /// Settles what the chunk under way at a crash left.
     fn recover(&self) -> Result<()> {
         let Some(entries) = self.read_intent()? else {
@@ -144,15 +265,23 @@ impl<S: Storage> Base<S> {
         let mut bytes = vec![0; SLOT];
         for entry in entries {
             let (first, count) = (entry.first.get(), entry.count.get());
-            if entry.hash == HOLE && count > 1 {
-                // Making holes again is always right: the range had been promised to be zero.
-                changed |= self.punch(first, count)?;
+            if entry.hash == HOLE {
+                // Making holes again is always right: the range had been promised to be zero. Of a device nobody knows
+                // whether it is, when the hashes are gone already.
+                if self.on_device || self.stores_something(first, first + count)? {
+                    self.punch(first, count)?;
+                    changed = true;
+                }
+                continue;
+            }
+            let stored = self.read_hash(first)?;
+            if stored == entry.hash {
+                // Hashes follow their bytes' sync: the chunk was complete here. Other bytes are damage, for readers to find.
                 continue;
             }
             let bytes = &mut bytes[..self.slot_len(first)];
             self.data.read_at(bytes, first * SLOT_BYTES).at("read", &self.data_path)?;
             let found = hash_slot(self.volume, first, bytes);
-            let stored = self.read_hash(first)?;
             if found == stored {
                 continue;
             }
@@ -392,21 +521,20 @@ impl<S: Storage> Base<S> {
     }
 
     fn stores_something(&self, first: u64, last: u64) -> Result<bool> {
+        if self.on_device {
+            return Ok(self.next_hashed(first, Some(last * SLOT_BYTES))?.is_some());
+        }
         let data = self.data.next_data(first * SLOT_BYTES).at("seek in", &self.data_path)?;
         let hashes = self.hashes.next_data(Self::hash_at(first)).at("seek in", &self.hashes_path)?;
         Ok(data.is_some_and(|at| at < last * SLOT_BYTES) || hashes.is_some_and(|at| at < Self::hash_at(last)))
     }
 
-    /// Makes holes of slots, bytes and hashes. `false`: they were holes.
-    fn punch(&self, first: u64, count: u64) -> Result<bool> {
-        if !self.stores_something(first, first + count)? {
-            return Ok(false);
-        }
+    /// Makes holes of slots, bytes and hashes.
+    fn punch(&self, first: u64, count: u64) -> Result<()> {
         let end = ((first + count) * SLOT_BYTES).min(self.size);
         self.data.punch_hole(first * SLOT_BYTES, end - first * SLOT_BYTES).at("punch a hole into", &self.data_path)?;
         let len = count * HASH_BYTES as u64;
-        self.hashes.punch_hole(Self::hash_at(first), len).at("punch a hole into", &self.hashes_path)?;
-        Ok(true)
+        self.hashes.punch_hole(Self::hash_at(first), len).at("punch a hole into", &self.hashes_path)
     }
 
     /// Makes everything written durable, data and hashes.
@@ -507,6 +635,11 @@ impl<S: Storage> Base<S> {
     /// # Errors
     /// From the disk.
     pub fn holds_nothing(&self) -> Result<bool> {
+        if self.on_device {
+            // It was made zero, and nothing was written to it since.
+            let pending = self.pending.read().unwrap_or_else(PoisonError::into_inner).is_empty();
+            return Ok(pending && self.next_hashed(0, None)?.is_none());
+        }
         Ok(self.next_data(0)?.is_none())
     }
 
@@ -540,6 +673,11 @@ impl<S: Storage> Base<S> {
         }
         Ok(found)
     }
+}
+
+/// One of a base's files.
+fn part(folder: &Path, decl: &VolumeDecl, end: &str) -> PathBuf {
+    folder.join(format!("v{}.{end}", decl.index))
 }
 
 fn poison(writer: &mut Writer, error: &Error) {

@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use farshore_proto::batch::VolumeDecl;
 use farshore_proto::{BatchNo, Generation, Incarnation, Name, PointId, VaultId, WallTime, codec};
-use farshore_uring::{OpenMode, Storage, StorageFile, replace_file};
+use farshore_uring::{OpenMode, Storage, StorageFile, replace_file, replace_files};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -108,7 +108,7 @@ struct HostState {
 ///
 /// Every change writes, in this order, each step durable before the next:
 /// 1. the state files of the streams that it touches (beside their bases),
-/// 2. `catalog.copy`, 3. `catalog`; each by a temporary file and a rename.
+/// 2. `catalog.copy` and `catalog`, which share the sync of their folder; each file by a temporary file and a rename.
 ///
 /// So after a crash at any step:
 /// - each file is whole, the old or the new one; the readable one with the highest transaction number is what counts;
@@ -236,9 +236,7 @@ impl<S: Storage> Catalog<S> {
             self.write_state(&document, inner.transaction, group, host)?;
         }
         let bytes = framed(MAGIC_CATALOG, self.vault, inner.transaction, &body);
-        for name in FILES.iter().rev() {
-            replace_file(&self.storage, Path::new(name), &bytes).at("replace", Path::new(name))?;
-        }
+        replace_files(&self.storage, &FILES.map(Path::new), &bytes).at("replace", Path::new(FILES[0]))?;
         inner.document = document;
         Ok(())
     }

@@ -10,6 +10,7 @@ use farshore_proto::frame::{self, FRAME_PLAIN_MAX};
 use farshore_proto::record::{Home, Record};
 use farshore_uring::{Storage, StorageFile};
 
+use crate::alarm::AlarmCode;
 use crate::damage::Damaged;
 use crate::error::{IoContext, Kind, Result};
 use crate::group::{ChunkPlace, GroupHost};
@@ -159,6 +160,13 @@ impl<S: Storage> Checker<S> {
                 return;
             }
         };
+        let detail = format!(
+            "batches {from} to {to}: unreadable from byte {at} on; the index still leads to what they hold. Look at the disk"
+        );
+        self.stream.alarms.raise(AlarmCode::EntryDamaged, &self.stream.segment_subject(number), &detail);
+        if !info.sealed {
+            self.stream.rescue.store(true, Ordering::Relaxed);
+        }
         let mut frames: BTreeMap<u32, (BatchNo, Vec<_>)> = BTreeMap::new();
         for entry in entries {
             if let crate::group::Content::Chunk(place) = entry.content

@@ -66,12 +66,14 @@ impl fmt::Display for Damaged {
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Damage {
     places: BTreeSet<Damaged>,
+    /// How often lost batches were added since the stream was opened.
+    lost: u64,
 }
 
 impl Damage {
     /// From the catalog.
     pub(crate) fn new(places: impl IntoIterator<Item = Damaged>) -> Self {
-        Self { places: places.into_iter().collect() }
+        Self { places: places.into_iter().collect(), lost: 0 }
     }
 
     /// Adds a place; `false` if it is known.
@@ -93,10 +95,19 @@ impl Damage {
         if self.places.len() >= 2 * PLACES_MAX {
             // One entry that says "from here on" replaces the rest: coarser, still honest.
             let from = self.places.iter().map(Damaged::first_batch).min().unwrap_or(place.first_batch());
+            self.lost += 1;
             self.places = BTreeSet::from([Damaged::Batches { from, to: place.first_batch().max(from), healed: None }]);
             return true;
         }
-        self.places.insert(place)
+        let is_lost = matches!(place, Damaged::Batches { .. });
+        let fresh = self.places.insert(place);
+        self.lost += u64::from(fresh && is_lost);
+        fresh
+    }
+
+    /// A number that rises whenever lost batches are added: the source must compare everything again.
+    pub(crate) fn lost(&self) -> u64 {
+        self.lost
     }
 
     /// The source compared everything: points from `batch` on are whole again as far as lost batches go.

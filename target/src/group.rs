@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use farshore_proto::batch::VolumeDecl;
@@ -11,6 +11,7 @@ use farshore_uring::Storage;
 
 use crate::alarm::{AlarmCode, Alarms};
 use crate::base::Base;
+use crate::bases::BaseDevice;
 use crate::catalog::{Catalog, Hold, HostRecord};
 use crate::counters::Counters;
 use crate::damage::Damage;
@@ -179,6 +180,9 @@ pub struct GroupHost<S: Storage> {
     pub(crate) damage: RwLock<Damage>,
     pub(crate) catalog: Arc<Catalog<S>>,
     pub(crate) checked: AtomicU64,
+    /// An entry of the active segment is unreadable on disk: the segment is to be closed while the index in memory still says
+    /// what it held. A restart would lose the batch.
+    pub(crate) rescue: AtomicBool,
 }
 
 impl<S: Storage> GroupHost<S> {
@@ -210,14 +214,38 @@ impl<S: Storage> GroupHost<S> {
         self.bases.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Opens or creates the base of a volume that the catalog knows.
+    /// Opens or creates the base of a volume, on the device that the catalog names for it or else in a file.
     ///
     /// # Errors
-    /// From the disk.
+    /// As [`Base::open_or_create`] and [`Base::open_on_device`]; [`Kind::Refused`] when another device is at the path, or it is
+    /// in use.
     pub(crate) fn add_base(&self, decl: &VolumeDecl) -> Result<()> {
-        let base = Base::open_or_create(self.storage.clone(), self.folder.join("base"), decl)?;
+        let folder = self.folder.join("base");
+        let noted = BaseDevice::of(&self.record(), &decl.name);
+        let known = self.bases.write().unwrap_or_else(PoisonError::into_inner).remove(&decl.index);
+        let is_right = |base: &Arc<Base<S>>| match &noted {
+            Some(noted) => base.data_path() == noted.path && base.size() == decl.size,
+            None => !base.is_on_device() && base.size() == decl.size,
+        };
+        if let Some(base) = known.filter(is_right) {
+            // From a declaration that failed at another volume: a device cannot be opened twice.
+            self.bases.write().unwrap_or_else(PoisonError::into_inner).insert(decl.index, base);
+            return Ok(());
+        }
+        let base = match noted {
+            Some(noted) => {
+                let device = noted.open(&self.storage)?;
+                Base::open_on_device(self.storage.clone(), folder, decl, device, &noted.path)?
+            }
+            None => Base::open_or_create(self.storage.clone(), folder, decl)?,
+        };
         self.bases.write().unwrap_or_else(PoisonError::into_inner).insert(decl.index, Arc::new(base));
         Ok(())
+    }
+
+    /// Closes the base of a volume that the catalog does not know.
+    pub(crate) fn forget_base(&self, volume: &Name) {
+        self.bases.write().unwrap_or_else(PoisonError::into_inner).retain(|_, base| base.name() != volume);
     }
 
     /// What the catalog says of this stream.
@@ -256,7 +284,9 @@ impl<S: Storage> GroupHost<S> {
             Some(_) => {}
         }
         if let Some(reason) = self.catalog.retention_suspended() {
-            return refuse(format!("retention is suspended: {reason}"));
+            return refuse(format!(
+                "retention is suspended: {reason}; put the holds back, then `farshore target resume-retention`"
+            ));
         }
         let mut verdict = Ok(());
         self.update(|record| {
@@ -345,6 +375,11 @@ impl<S: Storage> GroupHost<S> {
         }
     }
 
+    /// The subject of alarms about one segment.
+    pub(crate) fn segment_subject(&self, number: u32) -> String {
+        format!("{} segment {number}", self.id.subject())
+    }
+
     /// Writes the list of damage into the catalog. Where that fails, the damage is found again: by its readers, or by
     /// the next scan.
     pub(crate) fn keep_damage(&self) {
@@ -382,6 +417,7 @@ impl<S: Storage> GroupHost<S> {
             return Err(Error::new(Kind::Refused, format!("segment {number}: contents in it are under lease")));
         }
         self.segments.drop_segment(number)?;
+        self.alarms.clear(AlarmCode::EntryDamaged, &self.segment_subject(number));
         let left = self.segments.list().iter().map(|segment| segment.number).collect();
         if self.damage.write().unwrap_or_else(PoisonError::into_inner).forget_below(horizon, &left) {
             self.keep_damage();

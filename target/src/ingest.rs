@@ -11,6 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 
 use farshore_proto::batch::{self, BatchFrames, BatchHeader, RecordList, VolumeDecl};
 use farshore_proto::frame::{self, FRAME_PLAIN_MAX};
@@ -22,6 +23,7 @@ use farshore_proto::{BatchNo, ChainHash, Generation, Incarnation, VolumeIndex, W
 use farshore_uring::{AlignedBuf, Storage};
 
 use crate::alarm::AlarmCode;
+use crate::bases;
 use crate::compare;
 use crate::entries::{Placement, index_entries};
 use crate::error::{Error, Result};
@@ -115,6 +117,8 @@ pub struct Ingest<S: Storage> {
     sizes: BTreeMap<VolumeIndex, u64>,
     /// Batches up to this incarnation are refused: some were lost here.
     start_over: Option<Incarnation>,
+    /// [`crate::damage::Damage::lost`] when the source was last made to start over.
+    lost_seen: u64,
     /// A footer that is written and that the index has not taken over yet.
     unannounced: Option<SealedRun>,
 }
@@ -142,7 +146,8 @@ impl<S: Storage> Ingest<S> {
         let record = stream.record();
         let chain = ChainCheck::new(record.generation, state.tail);
         let sizes = record.volumes.iter().map(|decl| (decl.index, decl.size)).collect();
-        Self { stream, journal, chain, state, sizes, start_over: record.start_over, unannounced: None }
+        let (start_over, lost_seen) = (record.start_over, stream.damage().lost());
+        Self { stream, journal, chain, state, sizes, start_over, lost_seen, unannounced: None }
     }
 
     /// The stream.
@@ -231,12 +236,45 @@ impl<S: Storage> Ingest<S> {
             return Ok(());
         }
         for decl in &fresh {
-            self.stream.add_base(decl)?;
+            self.add_base(decl)?;
         }
         // After the bases: a volume that the catalog knows always has one.
-        self.sizes.extend(fresh.iter().map(|decl| (decl.index, decl.size)));
-        self.stream.update(|record| record.volumes.extend(fresh))?;
+        let bases = self.stream.bases();
+        let sizes: Vec<_> = fresh.iter().map(|decl| (decl.index, decl.size)).collect();
+        let stored = self.stream.update(|record| {
+            let moved = |decl: &VolumeDecl| {
+                let on_device = bases.get(&decl.index).is_some_and(|base| base.is_on_device());
+                on_device != bases::BaseDevice::of(record, &decl.name).is_some()
+            };
+            let consistent = !fresh.iter().any(moved);
+            if consistent {
+                record.volumes.extend(fresh);
+            }
+            consistent
+        })?;
+        if !stored {
+            let detail = "the place of a volume's base was changed just now; connect again".to_owned();
+            return Err(Denied::Refuse(RefuseCode::Unavailable, detail));
+        }
+        self.sizes.extend(sizes);
         Ok(())
+    }
+
+    /// A base that cannot be had now (its device is in use, missing, another, too small) stops nothing: the source is refused
+    /// and comes again, and finds it mended.
+    fn add_base(&self, decl: &VolumeDecl) -> Result<(), Denied> {
+        use crate::error::Kind;
+        let added = self.stream.add_base(decl);
+        match &added {
+            Ok(()) => self.stream.alarms.clear(AlarmCode::BaseFailed, &self.stream.id.subject()),
+            Err(error) if matches!(error.kind(), Kind::Refused | Kind::NotFound) => {
+                bases::alarm(&self.stream, decl.index, error);
+                let detail = format!("volume {}: {}", decl.name, error.context());
+                return Err(Denied::Refuse(RefuseCode::Unavailable, detail));
+            }
+            Err(_) => {}
+        }
+        Ok(added?)
     }
 
     /// Takes batches in the order of their numbers, all under one sync. The buffers are free again afterwards.
@@ -555,9 +593,36 @@ impl<S: Storage> Ingest<S> {
         Ok(())
     }
 
-    /// A recoverable point after lost batches: the source has compared everything since.
+    /// Acts on what the background check found. An unreadable entry of the active segment: closes the segment, whose footer then
+    /// says what the entry held. Lost batches: the source is sent away, and told at its next greeting to begin a new
+    /// incarnation and compare everything; until it has, no cut is recoverable.
+    ///
+    /// # Errors
+    /// [`Denied::Refuse`] in the second case; otherwise from the disk, and then it is tried again.
+    pub fn attend(&mut self) -> Result<(), Denied> {
+        if self.stream.rescue.swap(false, Ordering::Relaxed)
+            && let Err(error) = self.roll()
+        {
+            self.stream.rescue.store(true, Ordering::Relaxed);
+            return Err(error.into());
+        }
+        let lost = self.stream.damage().lost();
+        if lost == self.lost_seen {
+            return Ok(());
+        }
+        let incarnation = self.state.tail.map_or_else(Default::default, |tail| tail.incarnation);
+        self.stream.update(|record| record.start_over = Some(incarnation))?;
+        (self.start_over, self.lost_seen) = (Some(incarnation), lost);
+        self.state.event_open = true;
+        let detail = "batches were lost here (the target's alarms name them): connect again and compare everything";
+        Err(Denied::Refuse(RefuseCode::Unavailable, detail.to_owned()))
+    }
+
+    /// A recoverable point after lost batches: the source has compared everything since; unless some were lost that it was not
+    /// told of.
     fn note_healed(&self, batch: BatchNo) {
-        let healed = self.stream.damage().needs_compare()
+        let healed = self.stream.damage().lost() == self.lost_seen
+            && self.stream.damage().needs_compare()
             && self.stream.damage.write().unwrap_or_else(PoisonError::into_inner).heal_batches(batch);
         if healed {
             self.stream.keep_damage();

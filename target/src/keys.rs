@@ -43,11 +43,12 @@ impl TargetKeys {
         self.vault
     }
 
-    /// Key under which answers to `host` are authenticated: the newest epoch's.
+    /// Key under which answers to `host` are authenticated: that of `epoch`, or of the newest one; `None` when this target was
+    /// not given a key of that epoch.
     #[must_use]
-    pub fn answer_key(&self, host: HostId) -> AnswerKey {
-        let (epoch, key) = self.epochs.last_key_value().expect("checked not to be empty");
-        HostKey::derive(key, host, *epoch).answer_key()
+    pub fn answer_key(&self, host: HostId, epoch: Option<KeyEpoch>) -> Option<AnswerKey> {
+        let epoch = epoch.or_else(|| self.epochs.keys().next_back().copied())?;
+        Some(HostKey::derive(self.epochs.get(&epoch)?, host, epoch).answer_key())
     }
 
     /// Keys of one stream.
@@ -89,11 +90,5 @@ impl StreamKeys {
     /// [`Kind::Invalid`] for an epoch that this target has no key of.
     pub fn dedup_key(&self, epoch: KeyEpoch) -> Result<&DedupKey> {
         Ok(&self.of(epoch)?.1)
-    }
-
-    /// The newest epoch's dedup key: that of probes sent now.
-    #[must_use]
-    pub fn newest_dedup_key(&self) -> &DedupKey {
-        &self.keys.last_key_value().expect("made from a set that is not empty").1.1
     }
 }

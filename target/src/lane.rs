@@ -281,7 +281,7 @@ impl<S: Storage> Core<S> {
             return;
         }
         // The answer key is set by the greeting, and there is only one of those.
-        let spoken = machine.handle_control(bytes, |_| unreachable!("a session greets once, before it is attached"));
+        let spoken = machine.handle_control(bytes, |_, _| unreachable!("a session greets once, before it is attached"));
         match spoken {
             Ok(Some(TargetEvent::Volumes(volumes))) => {
                 if let Err(denied) = self.ingest.declare(&volumes) {
@@ -336,6 +336,10 @@ impl<S: Storage> Core<S> {
         }
         if let Some(error) = self.short_of_space() {
             self.deny(Denied::Pause(error), now, out);
+            return true;
+        }
+        if let Err(denied) = self.ingest.attend() {
+            self.deny(denied, now, out);
             return true;
         }
         let taken = self.ingest.take(group, wall);
@@ -415,6 +419,12 @@ impl<S: Storage> Core<S> {
     /// Time passed: looks for space, missing batches, leases. Gives when to look again.
     fn handle_time(&mut self, now: Now, wall: WallTime, out: &mut VecDeque<Output>) -> Option<Now> {
         self.ingest.stream().alarms.set_now(wall);
+        if self.stopped.is_none()
+            && self.paused.is_none()
+            && let Err(denied) = self.ingest.attend()
+        {
+            self.deny(denied, now, out);
+        }
         let pause = self.retry_pause(now, out);
         let gap = self.watch_gap(now, out);
         let lease = self.grant_lease(now, out);

@@ -31,6 +31,7 @@ pub mod target;
 pub mod verify;
 
 pub mod base;
+pub mod bases;
 pub mod history;
 pub mod index;
 mod keeper;

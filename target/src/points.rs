@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use farshore_proto::batch::{BatchHeader, VolumeDecl};
 use farshore_proto::message::Tail;
-use farshore_proto::record::{Kind, Record};
+use farshore_proto::record::{Kind, Mark, Record};
 use farshore_proto::{BatchNo, ChainHash, Generation, Name, PointId, Position, VolumeIndex, WallTime};
 
 /// The state at one cut.
@@ -65,25 +65,14 @@ impl StreamState {
 
     /// Applies one record's kind.
     pub fn apply_mark(&mut self, kind: Kind, volume: VolumeIndex) {
-        match kind {
-            Kind::EventBegin => self.event_open = true,
-            Kind::EventEnd => self.event_open = false,
-            Kind::VolumeJoined => {
+        match kind.mark() {
+            Some(Mark::Event { open }) => self.event_open = open,
+            Some(Mark::Volume { joined: true }) => {
                 insert(&mut self.joined, volume);
                 insert(&mut self.journaled, volume);
             }
-            Kind::VolumeLeft => self.joined.retain(|joined| *joined != volume),
-            Kind::Noop
-            | Kind::Write
-            | Kind::WriteZeroes
-            | Kind::Discard
-            | Kind::SyncData
-            | Kind::Probe
-            | Kind::ProbeZero
-            | Kind::Cut
-            | Kind::Bookmark
-            | Kind::Unreadable
-            | Kind::SyncZero => {}
+            Some(Mark::Volume { joined: false }) => self.joined.retain(|joined| *joined != volume),
+            None => {}
         }
     }
 

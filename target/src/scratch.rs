@@ -47,9 +47,24 @@ pub struct ScratchOf {
     pub block: u32,
 }
 
+/// How much disk a scratch may take.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Space {
+    /// Bytes that its data may take; `None`: as many as the volume has.
+    pub limit: Option<u64>,
+    /// Free bytes of the disk that it leaves to others.
+    pub reserve: u64,
+}
+
+/// Free bytes that views leave to the rest of the target unless told otherwise: ingest stops 32 MiB before the disk is full, so
+/// this is what a group can still take in while a forgotten view has eaten all it can.
+pub const RESERVE_BYTES: u64 = 1 << 30;
+
 /// Writes over a point. Shared by all queues of a view.
 pub struct Scratch<S: Storage> {
     of: ScratchOf,
+    storage: S,
+    space: Space,
     data: Arc<S::File>,
     data_path: PathBuf,
     map_file: Arc<S::File>,
@@ -110,20 +125,20 @@ impl<S: Storage> Scratch<S> {
     /// # Errors
     /// [`Kind::Refused`] when the folder holds the scratch of another point or volume; [`Kind::Damaged`]; otherwise from the
     /// disk.
-    pub fn open_or_create(storage: &S, folder: &Path, of: ScratchOf) -> Result<Self> {
+    pub fn open_or_create(storage: &S, folder: &Path, of: ScratchOf, space: Space) -> Result<Self> {
         if !matches!(of.block, 512 | 4096) || !of.size.is_multiple_of(u64::from(of.block)) {
             return Err(Error::new(Kind::Invalid, format!("scratch of {} bytes in blocks of {}", of.size, of.block)));
         }
         storage.create_dir_all(folder).at("create folder", folder)?;
         let (data_path, map_path) = (folder.join("data"), folder.join("map"));
         if !storage.exists(&map_path).at("look for", &map_path)? {
-            // The map last: without it there is no scratch, and data that lies there is an interrupted making's.
+            // The map last: without it there is no scratch, and data that lies there is an interrupted making's or removal's.
+            // The data's length needs no sync here: where it was lost it is set again below, and until a flush has synced both
+            // no block is said to be there.
             if storage.exists(&data_path).at("look for", &data_path)? {
                 storage.remove(&data_path).at("remove", &data_path)?;
             }
-            let data = storage.open(&data_path, OpenMode::CreateNew).at("create", &data_path)?;
-            data.set_len(of.size).at("extend", &data_path)?;
-            data.sync().at("sync", &data_path)?;
+            storage.open(&data_path, OpenMode::CreateNew).at("create", &data_path)?;
             storage.sync_dir(folder).at("sync folder", folder)?;
             let mut bytes = header(&of).as_bytes().to_vec();
             bytes.resize(HEADER_BYTES, 0);
@@ -132,13 +147,30 @@ impl<S: Storage> Scratch<S> {
         let data = storage.open(&data_path, OpenMode::ReadWrite).at("open", &data_path)?;
         let map_file = storage.open(&map_path, OpenMode::ReadWrite).at("open", &map_path)?;
         check_header::<S>(&map_file, &map_path, &of)?;
+        let data_len = data.len().at("ask for the length of", &data_path)?;
+        if data_len < of.size {
+            if map_file.next_data(MAP_AT).at("seek in", &map_path)?.is_some() {
+                return Err(Error::damaged(&data_path, data_len, "ends here, and the map says that more was written"));
+            }
+            data.set_len(of.size).at("extend", &data_path)?;
+        }
         let sectors = (of.size / u64::from(of.block)).div_ceil(SECTOR_BITS);
         let len = MAP_AT + sectors * SECTOR_BYTES;
         if map_file.len().at("ask for the length of", &map_path)? < len {
             map_file.set_len(len).at("extend", &map_path)?;
         }
-        let map = RwLock::default();
-        Ok(Self { of, data, data_path, map_file, map_path, map, flushing: Mutex::default(), failed: OnceLock::new() })
+        Ok(Self {
+            of,
+            storage: storage.clone(),
+            space,
+            data,
+            data_path,
+            map_file,
+            map_path,
+            map: RwLock::default(),
+            flushing: Mutex::default(),
+            failed: OnceLock::new(),
+        })
     }
 
     /// What it belongs to.
@@ -277,8 +309,10 @@ impl<S: Storage> Scratch<S> {
     /// After [`Self::flush`].
     ///
     /// # Errors
-    /// [`Kind::NoSpace`]; otherwise from the disk. The range then holds old and new bytes.
+    /// [`Kind::NoSpace`], also where the disk has some but the view's limit or the reserve is reached: then nothing changed.
+    /// Otherwise from the disk; the range then holds old and new bytes.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.check_space(bytes.len() as u64)?;
         self.make_room()?;
         self.data.write_at(bytes, offset).at("write", &self.data_path)?;
         self.mark(offset, bytes.len() as u64)
@@ -295,6 +329,28 @@ impl<S: Storage> Scratch<S> {
         self.make_room()?;
         self.data.punch_hole(offset, len).at("punch a hole into", &self.data_path)?;
         self.mark(offset, len)
+    }
+
+    /// Room for `len` more bytes. Writes at the same time do not see each other: what they may exceed the bounds by is a request
+    /// of each worker.
+    fn check_space(&self, len: u64) -> Result<()> {
+        let full = |why: String| Err(Error::new(Kind::NoSpace, format!("view of volume {}: {why}", self.of.volume)));
+        if let Some(limit) = self.space.limit {
+            let taken = self.data.allocated().at("ask for the size of", &self.data_path)?;
+            if taken.saturating_add(len) > limit {
+                return full(format!(
+                    "{taken} bytes were written to it, {limit} are its limit; close it, or raise view_limit"
+                ));
+            }
+        }
+        let free = self.storage.free_bytes().at("ask for the free space of", Path::new("the data folder"))?;
+        let reserve = self.space.reserve;
+        if free < reserve.saturating_add(len) {
+            return full(format!(
+                "{free} bytes are free on the target's disk, {reserve} are kept from views; close views, or make room"
+            ));
+        }
+        Ok(())
     }
 
     /// Keeps the changed part of the map small.
@@ -374,12 +430,16 @@ impl<S: Storage> Scratch<S> {
         if !storage.exists(folder).at("look for", folder)? {
             return Ok(());
         }
-        // The map first: what has none is no scratch.
-        for name in ["map", "data", "map.new"] {
+        // The map first, durably: what has none is no scratch, and whatever comes back of the rest is not taken for one.
+        let map_path = folder.join("map");
+        if storage.exists(&map_path).at("look for", &map_path)? {
+            storage.remove(&map_path).at("remove", &map_path)?;
+            storage.sync_dir(folder).at("sync folder", folder)?;
+        }
+        for name in ["data", "map.new"] {
             let path = folder.join(name);
             if storage.exists(&path).at("look for", &path)? {
                 storage.remove(&path).at("remove", &path)?;
-                storage.sync_dir(folder).at("sync folder", folder)?;
             }
         }
         Ok(())

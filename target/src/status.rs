@@ -1,5 +1,6 @@
 //! What the admin interface asks: plain structs, no serialisation.
 
+use std::collections::BTreeMap;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use farshore_proto::message::Tail;
 use farshore_proto::{BatchNo, Generation, Name, PointId, VolumeIndex, WallTime};
 use farshore_uring::Storage;
 
+use crate::bases::BaseDevice;
 use crate::catalog::Hold;
 use crate::error::{Error, Kind, Result};
 use crate::group::GroupHost;
@@ -46,6 +48,8 @@ pub struct StreamStatus {
     pub broken: Option<String>,
     /// Its volumes.
     pub volumes: Vec<VolumeStatus>,
+    /// Devices that carry bases, by volume; also of volumes that the source has not brought yet.
+    pub devices: BTreeMap<Name, BaseDevice>,
     /// Last batch.
     pub tail: Option<Tail>,
     /// An event is open: no cut is recoverable.
@@ -172,6 +176,7 @@ impl<S: Storage> Target<S> {
                     lane: LaneStatus::default(),
                     broken: broken.get(&key).cloned(),
                     volumes: Vec::new(),
+                    devices: BaseDevice::all(&record).collect(),
                     tail: None,
                     event_open: false,
                     newest: None,

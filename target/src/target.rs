@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use farshore_proto::message::{Hello, RefuseCode};
@@ -118,6 +118,14 @@ impl<S: Storage> Target<S> {
         let alarms = Alarms::default();
         check_root(&storage, keys.vault())?;
         let catalog = Arc::new(Catalog::open(storage.clone(), keys.vault(), &alarms)?);
+        if let Some(reason) = catalog.retention_suspended() {
+            // Also when it was at an earlier start that the catalog was made again.
+            alarms.raise(
+                AlarmCode::CatalogRebuilt,
+                "",
+                &format!("{reason}; put them back, then `farshore target resume-retention`"),
+            );
+        }
         let target = Self {
             storage,
             keys,
@@ -204,6 +212,7 @@ impl<S: Storage> Target<S> {
             damage: RwLock::new(Damage::new(record.damaged.iter().cloned())),
             catalog: Arc::clone(&self.catalog),
             checked: AtomicU64::new(record.checked.0),
+            rescue: AtomicBool::new(false),
         });
         for number in &opened.rebuilt {
             let detail = format!("the footer of segment {number} was unreadable; made again from its entries");
@@ -287,12 +296,19 @@ impl<S: Storage> Target<S> {
         bytes: &[u8],
     ) -> Option<StreamKey> {
         let vault = self.keys.vault();
-        let spoken = machine
-            .handle_control(bytes, |hello: &Hello| self.keys.answer_key(HostId::derive(vault, &hello.host_name)));
+        let spoken = machine.handle_control(bytes, |hello: &Hello, epoch| {
+            self.keys.answer_key(HostId::derive(vault, &hello.host_name), epoch)
+        });
         let hello = match spoken {
             Ok(Some(TargetEvent::Hello(hello))) => hello,
             Ok(Some(TargetEvent::Volumes(_) | TargetEvent::Bye) | None) => {
                 self.end(session, &mut machine, "the greeting was refused");
+                return None;
+            }
+            Err(error @ farshore_proto::Error::UnknownKey { .. }) => {
+                tracing::warn!(peer = peer.name.as_str(), %error, "a source was refused");
+                self.alarms.raise(AlarmCode::KeyUnknown, peer.name.as_str(), &error.to_string());
+                self.end(session, &mut machine, &error.to_string());
                 return None;
             }
             Err(error) => {
@@ -302,6 +318,7 @@ impl<S: Storage> Target<S> {
                 return None;
             }
         };
+        self.alarms.clear(AlarmCode::KeyUnknown, peer.name.as_str());
         match self.authorise(&peer, &hello) {
             Ok(key) => {
                 let lane = self.lane(&key)?;
@@ -392,10 +409,34 @@ impl<S: Storage> Target<S> {
             record.member = true;
             record.generation = record.generation.max(Generation(1));
         })?;
-        let key = (group.clone(), host.clone());
-        if self.lane(&key).is_none() {
-            self.open_stream(group, host).inspect_err(|error| self.break_stream(key, error))?;
+        self.reopen_stream(group, host)
+    }
+
+    /// An operator has put back the holds of a catalog that was made again without them: retention may go on, and the alarm ends.
+    /// Gives why it was suspended, if it was.
+    ///
+    /// # Errors
+    /// From the disk.
+    pub fn resume_retention(&self) -> Result<Option<String>> {
+        let reason = self.catalog.retention_suspended();
+        if reason.is_some() {
+            self.catalog.resume_retention()?;
         }
+        self.alarms.clear(AlarmCode::CatalogRebuilt, "");
+        Ok(reason)
+    }
+
+    /// Opens a stream that could not be opened before.
+    ///
+    /// # Errors
+    /// Why it still cannot be opened.
+    pub(crate) fn reopen_stream(&self, group: &Name, host: &Name) -> Result<()> {
+        let key = (group.clone(), host.clone());
+        if self.lane(&key).is_some() {
+            return Ok(());
+        }
+        self.open_stream(group, host).inspect_err(|error| self.break_stream(key, error))?;
+        self.alarms.clear(AlarmCode::StreamUnavailable, &format!("{group}/{host}"));
         Ok(())
     }
 

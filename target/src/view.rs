@@ -20,7 +20,7 @@ use crate::group::UpTo;
 use crate::history::History;
 use crate::index::Versions;
 use crate::reader::{is_known_zero, read_sectors};
-use crate::scratch::{Scratch, ScratchOf};
+use crate::scratch::{RESERVE_BYTES, Scratch, ScratchOf, Space};
 use cache::SlotCache;
 pub use queue::ViewQueue;
 use queue::Work;
@@ -45,11 +45,15 @@ pub struct ViewOptions {
     pub workers: usize,
     /// Bytes of slots kept in memory for reads that go on where the last ended. Default 16 MiB, at least one slot.
     pub cache_bytes: usize,
+    /// How much disk may be taken by what is written to each volume of it. Default: as much as the volume has, and 1 GiB of the
+    /// disk is left free. Beyond it writes get `ENOSPC`.
+    pub space: Space,
 }
 
 impl Default for ViewOptions {
     fn default() -> Self {
-        Self { read_only: false, workers: 4, cache_bytes: 16 << 20 }
+        let space = Space { limit: None, reserve: RESERVE_BYTES };
+        Self { read_only: false, workers: 4, cache_bytes: 16 << 20, space }
     }
 }
 
@@ -128,7 +132,10 @@ impl<S: Storage> View<S> {
         let ViewOf { point, volume, size, block } = of;
         let scratch = match options.read_only {
             true => None,
-            false => Some(Scratch::open_or_create(storage, folder, ScratchOf { point, volume, size, block })?),
+            false => {
+                let of = ScratchOf { point, volume, size, block };
+                Some(Scratch::open_or_create(storage, folder, of, options.space)?)
+            }
         };
         let core = Arc::new(Core {
             history,

@@ -83,25 +83,53 @@ pub fn open_view<S: Storage>(
     volume: VolumeIndex,
     options: ViewOptions,
 ) -> Result<View<S>> {
+    let mut views = open_views(stream, id, point, &[volume], options, None)?;
+    Ok(views.pop().expect("one view per volume asked for"))
+}
+
+/// As [`open_view`] for several volumes, in their order, by one change of the catalog, which also sets `note`, a key and a value
+/// of the stream's further facts.
+///
+/// # Errors
+/// As [`open_view`]; what the catalog holds then is for [`remove_views`].
+pub fn open_views<S: Storage>(
+    stream: &Arc<GroupHost<S>>,
+    id: &Name,
+    point: PointId,
+    volumes: &[VolumeIndex],
+    options: ViewOptions,
+    note: Option<(&str, &str)>,
+) -> Result<Vec<View<S>>> {
     let views = list_views(stream);
-    let record = match views.iter().find(|view| view.id == *id && view.of.volume == volume) {
-        Some(view) if view.of.point == point => view.clone(),
-        Some(view) => {
-            let text =
-                format!("view {id} of volume {volume} shows point {}; remove it, or use another name", view.of.point);
+    let known = |volume| views.iter().find(|view| view.id == *id && view.of.volume == volume);
+    for view in volumes.iter().filter_map(|volume| known(*volume)) {
+        if view.of.point != point {
+            let text = format!(
+                "view {id} of volume {} shows point {}; remove it, or use another name",
+                view.of.volume, view.of.point
+            );
             return Err(Error::new(Kind::Refused, text));
         }
-        None if views.len() >= VIEWS_MAX => {
-            return Err(Error::new(
-                Kind::Refused,
-                format!("{} has {VIEWS_MAX} views; remove one", stream.id.subject()),
-            ));
-        }
-        None => record_view(stream, id, point, volume, options.read_only)?,
+    }
+    let fresh: Vec<VolumeIndex> = volumes.iter().copied().filter(|volume| known(*volume).is_none()).collect();
+    if views.len() + fresh.len() > VIEWS_MAX {
+        let text = format!("{} has {} views, {VIEWS_MAX} are possible; remove one", stream.id.subject(), views.len());
+        return Err(Error::new(Kind::Refused, text));
+    }
+    let note = note.filter(|(key, value)| stream.record().notes.get(*key).is_none_or(|known| known != value));
+    let made = if fresh.is_empty() && note.is_none() {
+        Vec::new()
+    } else {
+        record_views(stream, id, point, &fresh, options.read_only, note)?
     };
-    let options = ViewOptions { read_only: options.read_only || record.read_only, ..options };
-    let history: Arc<dyn History<S>> = Arc::clone(stream) as _;
-    View::open(history, &stream.storage, &folder(stream, id, volume), record.of, options)
+    let open = |volume: &VolumeIndex| {
+        let record = known(*volume).or_else(|| made.iter().find(|view| view.of.volume == *volume));
+        let record = record.expect("known before, or made above");
+        let options = ViewOptions { read_only: options.read_only || record.read_only, ..options };
+        let history: Arc<dyn History<S>> = Arc::clone(stream) as _;
+        View::open(history, &stream.storage, &folder(stream, id, *volume), record.of, options)
+    };
+    volumes.iter().map(open).collect()
 }
 
 fn folder<S: Storage>(stream: &GroupHost<S>, id: &Name, volume: VolumeIndex) -> PathBuf {
@@ -114,30 +142,42 @@ fn find_volume<S: Storage>(stream: &GroupHost<S>, point: &Point, volume: VolumeI
     decl.ok_or_else(|| Error::new(Kind::NotFound, format!("point {} does not include volume {volume}", point.id)))
 }
 
-/// Hold and record in one change of the catalog: there is never one without the other.
-fn record_view<S: Storage>(
+/// Holds and records in one change of the catalog: there is never one without the other.
+fn record_views<S: Storage>(
     stream: &GroupHost<S>,
     id: &Name,
     point: PointId,
-    volume: VolumeIndex,
+    volumes: &[VolumeIndex],
     read_only: bool,
-) -> Result<ViewRecord> {
+    note: Option<(&str, &str)>,
+) -> Result<Vec<ViewRecord>> {
     let found = stream.check_point(&point)?;
-    let decl = find_volume(stream, &found, volume)?;
-    let of = ViewOf { point, volume, size: decl.size, block: decl.block };
-    // A scratch of that name whose record is gone belongs to nobody.
-    Scratch::remove(&stream.storage, &folder(stream, id, volume))?;
+    let mut wanted = Vec::with_capacity(volumes.len());
+    for volume in volumes {
+        let decl = find_volume(stream, &found, *volume)?;
+        // A scratch of that name whose record is gone belongs to nobody.
+        Scratch::remove(&stream.storage, &folder(stream, id, *volume))?;
+        wanted.push(ViewOf { point, volume: *volume, size: decl.size, block: decl.block });
+    }
     let since = stream.alarms.now();
     stream.update(|record| {
         if record.horizon.is_some_and(|horizon| horizon.batch > point.batch) {
             return Err(Error::new(Kind::NotFound, format!("point {point} lies before the horizon")));
         }
-        let hold = record.next_hold.max(1);
-        record.next_hold = hold + 1;
-        record.holds.push(Hold { id: hold, point, reason: format!("view {id} of volume {volume}"), since });
-        let view = ViewRecord { id: id.clone(), of, hold, read_only };
-        record.notes.insert(ViewRecord::key(id, volume), view.value());
-        Ok(view)
+        let mut made = Vec::with_capacity(wanted.len());
+        for of in wanted {
+            let hold = record.next_hold.max(1);
+            record.next_hold = hold + 1;
+            let reason = format!("view {id} of volume {}", of.volume);
+            record.holds.push(Hold { id: hold, point, reason, since });
+            let view = ViewRecord { id: id.clone(), of, hold, read_only };
+            record.notes.insert(ViewRecord::key(id, of.volume), view.value());
+            made.push(view);
+        }
+        if let Some((key, value)) = note {
+            record.notes.insert(key.to_owned(), value.to_owned());
+        }
+        Ok(made)
     })?
 }
 
@@ -146,14 +186,38 @@ fn record_view<S: Storage>(
 /// # Errors
 /// [`Kind::NotFound`] when there is none of that name; otherwise from the disk, and then it can be removed again.
 pub fn remove_view<S: Storage>(stream: &GroupHost<S>, id: &Name, volume: VolumeIndex) -> Result<()> {
-    let views = list_views(stream);
-    let Some(view) = views.iter().find(|view| view.id == *id && view.of.volume == volume) else {
+    let mut views = list_views(stream);
+    views.retain(|view| view.id == *id && view.of.volume == volume);
+    if views.is_empty() {
         return Err(Error::new(Kind::NotFound, format!("view {id} of volume {volume} of {}", stream.id.subject())));
-    };
-    Scratch::remove(&stream.storage, &folder(stream, id, volume))?;
+    }
+    forget_views(stream, &views, None)
+}
+
+/// Removes the views of all volumes under a name as [`remove_view`] does, and the fact of key `note`, by one change of the
+/// catalog.
+///
+/// # Errors
+/// From the disk, and then they can be removed again.
+pub fn remove_views<S: Storage>(stream: &GroupHost<S>, id: &Name, note: &str) -> Result<()> {
+    let mut views = list_views(stream);
+    views.retain(|view| view.id == *id);
+    forget_views(stream, &views, Some(note))
+}
+
+/// The records go last: a crash before leaves views that can be removed again.
+fn forget_views<S: Storage>(stream: &GroupHost<S>, views: &[ViewRecord], note: Option<&str>) -> Result<()> {
+    for view in views {
+        Scratch::remove(&stream.storage, &folder(stream, &view.id, view.of.volume))?;
+    }
     stream.update(|record| {
-        record.holds.retain(|hold| hold.id != view.hold);
-        record.notes.remove(&ViewRecord::key(id, volume));
+        record.holds.retain(|hold| !views.iter().any(|view| view.hold == hold.id));
+        for view in views {
+            record.notes.remove(&ViewRecord::key(&view.id, view.of.volume));
+        }
+        if let Some(note) = note {
+            record.notes.remove(note);
+        }
     })
 }
 

@@ -212,6 +212,12 @@ fn the_targets_commands_do_what_they_say() {
                 false,
             )?;
 
+            let bases = rig.cli(&["--json", "base", "list", GROUP])?.json()?;
+            let base = only(&bases)?;
+            ensure!(base["volume"] == VOLUME && base["device"].is_null() && base["state"] == "in use", "{base}");
+            let resumed = rig.cli(&["--json", "target", "resume-retention"])?.json()?;
+            ensure!(resumed["reason"].is_null(), "it was not suspended: {resumed}");
+
             let policy = rig.cli(&["--json", "policy", "set", GROUP, "keep=2h", "size_limit=1GiB"])?.json()?;
             ensure!(policy["keep"] == "2h" && policy["size_limit"] == "1GiB", "{policy}");
             ensure!(rig.cli(&["--json", "policy", "show", GROUP])?.json()? == policy, "kept");
@@ -253,6 +259,12 @@ fn exit_codes_and_messages_are_those_of_the_contract() {
                 (3, &["restore", "g/disk", "--at", "latest", "--out", "/nonexistent/x"], "/nonexistent", false),
                 (4, &["group", "remove", "g", "source"], "source", true),
                 (3, &["group", "remove", "nosuch", "source"], "nosuch", false),
+                (3, &["base", "list", "nosuch"], "nosuch", true),
+                (2, &["base", "attach", "g", "/dev/null"], "GROUP/VOLUME", false),
+                (3, &["base", "attach", "nosuch/v", "/dev/null"], "nosuch", false),
+                (4, &["base", "attach", "g/other", "/dev/null"], "no block device", false),
+                (4, &["base", "attach", "g/disk", "/dev/null"], "in a file", false),
+                (3, &["base", "detach", "g/disk"], "has no device", false),
             ];
             for (code, args, part, hint) in cases {
                 rig.cli(args)?.refused(*code, part, *hint).with_context(|| format!("farshore {}", args.join(" ")))?;
@@ -301,6 +313,16 @@ fn a_vault_is_made_once_and_issues_what_it_should() {
         use std::os::unix::fs::PermissionsExt;
         let mode = std::fs::metadata(out)?.permissions().mode() & 0o777;
         ensure!(mode == 0o600, "others may read the keys: {mode:o}");
+        let rotated = cli(&["--json", "vault", "rotate-key", vault])?.json()?;
+        ensure!(rotated["epoch"] == 2 && rotated["vault"] == issued["vault"], "{rotated}");
+        let newer = folder.path().join("newer.bundle");
+        let newer = newer.to_str().context("text")?;
+        cli(&["vault", "issue", vault, "--role", "agent", "--name", "db1", "--out", newer])?.ok()?;
+        let epochs = |path: &str| -> Result<usize> {
+            let identity = farshore_link::identity::Identity::load(path.as_ref())?;
+            Ok(identity.newest_epoch().context("an agent has keys")?.0.try_into()?)
+        };
+        ensure!(epochs(out)? == 1 && epochs(newer)? == 2, "the older bundle stays, the newer has the new key");
         let issue = |more: &[&str]| cli(&[&["vault", "issue", vault], more].concat());
         let late = folder.path().join("b.bundle");
         let late = late.to_str().context("text")?;
@@ -325,8 +347,10 @@ fn every_command_has_help_with_an_example() {
         "demo",
         "vault init",
         "vault issue",
+        "vault rotate-key",
         "agent run",
         "target run",
+        "target resume-retention",
         "protect",
         "unprotect",
         "volumes",
@@ -338,6 +362,9 @@ fn every_command_has_help_with_an_example() {
         "groups",
         "group add",
         "group remove",
+        "base attach",
+        "base detach",
+        "base list",
         "points",
         "hold add",
         "hold remove",

@@ -8,10 +8,11 @@ use std::sync::Arc;
 use farshore_nbd::{Listen, Server, ServerConfig, ServerHandle};
 use farshore_proto::batch::VolumeDecl;
 use farshore_proto::text::show_time;
-use farshore_proto::{PointId, WallTime};
+use farshore_proto::{PointId, VolumeIndex, WallTime};
 use farshore_target::points::Point;
+use farshore_target::scratch::Space;
 use farshore_target::view::{View, ViewOptions};
-use farshore_target::views::{list_views, open_view, remove_view};
+use farshore_target::views::{list_views, open_views, remove_views};
 use farshore_uring::DirStorage;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -67,20 +68,20 @@ struct Open {
 /// The open views of a target.
 pub(super) struct Exports {
     sockets: PathBuf,
+    /// How much disk each view's volume may take.
+    space: Space,
     open: BTreeMap<String, Open>,
 }
 
 impl Exports {
-    pub(super) fn new(sockets: PathBuf) -> Self {
-        Self { sockets, open: BTreeMap::new() }
+    pub(super) fn new(sockets: PathBuf, space: Space) -> Self {
+        Self { sockets, space, open: BTreeMap::new() }
     }
 
     /// Opens a view of `found`. The point is held from before the first read until the view is closed.
     pub(super) fn open(&mut self, found: &Found, export: Option<Export>, read_only: bool) -> Result<Value, Failure> {
         let id = (1..).map(|number| format!("v{number}")).find(|id| !self.open.contains_key(id)).unwrap_or_default();
         let export = export.unwrap_or_else(|| Export::Unix(self.sockets.clone()));
-        let text = serde_json::to_string(&export).map_err(|error| Failure::failed("view", error.to_string()))?;
-        found.stream.update(|record| record.notes.insert(format!("{NOTE}{id}"), text))?;
         match self.serve(&found.stream, &id, &found.point, &export, read_only) {
             Ok(()) => Ok(self.open[&id].document(&id)),
             Err(failure) => {
@@ -121,15 +122,20 @@ impl Exports {
         read_only: bool,
     ) -> Result<(), Failure> {
         let name = parse_name("view", id)?;
+        let mut decls = stream.record().volumes;
+        decls.retain(|decl| point.volumes.contains(&decl.index));
+        if decls.is_empty() {
+            return Err(Failure::failed(format!("point {}", point.id), "includes no volume"));
+        }
+        let text = serde_json::to_string(export).map_err(|error| Failure::failed("view", error.to_string()))?;
+        let options = ViewOptions { read_only, space: self.space, ..ViewOptions::default() };
+        let indexes: Vec<VolumeIndex> = decls.iter().map(|decl| decl.index).collect();
+        let note = format!("{NOTE}{id}");
+        let views = open_views(stream, &name, point.id, &indexes, options, Some((&note, &text)))?;
         let mut volumes = Vec::new();
-        for decl in stream.record().volumes.into_iter().filter(|decl| point.volumes.contains(&decl.index)) {
-            let options = ViewOptions { read_only, ..ViewOptions::default() };
-            let view = open_view(stream, &name, point.id, decl.index, options)?;
+        for (decl, view) in decls.into_iter().zip(views) {
             let server = start_server(id, &decl, point.id, export, volumes.len(), &view)?;
             volumes.push(Volume { decl, view, server });
-        }
-        if volumes.is_empty() {
-            return Err(Failure::failed(format!("point {}", point.id), "includes no volume"));
         }
         let open = Open { stream: Arc::clone(stream), point: point.id, time: point.time, read_only, volumes };
         self.open.insert(id.to_owned(), open);
@@ -171,14 +177,9 @@ impl Exports {
     }
 }
 
-/// Removes a view's volumes with what was written to them, then the note: a crash between leaves a note to be removed.
+/// Removes a view's volumes with what was written to them, and the note.
 fn forget(stream: &Arc<Stream>, id: &str) -> Result<(), Failure> {
-    let name = parse_name("view", id)?;
-    for view in list_views(stream).into_iter().filter(|view| view.id == name) {
-        remove_view(stream, &name, view.of.volume)?;
-    }
-    stream.update(|record| record.notes.remove(&format!("{NOTE}{id}")))?;
-    Ok(())
+    Ok(remove_views(stream, &parse_name("view", id)?, &format!("{NOTE}{id}"))?)
 }
 
 impl Open {

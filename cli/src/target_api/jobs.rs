@@ -22,7 +22,7 @@ pub(super) struct Jobs {
 /// One job.
 pub(super) struct Job {
     begin: Instant,
-    facts: Value,
+    facts: Mutex<Value>,
     done: AtomicU64,
     total: AtomicU64,
     end: Mutex<Option<(f64, Result<(), Failure>)>>,
@@ -35,9 +35,14 @@ impl Job {
         self.total.store(total, Ordering::Relaxed);
     }
 
+    /// Adds a fact to the job's document.
+    pub(super) fn note(&self, key: &str, value: Value) {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)[key] = value;
+    }
+
     fn document(&self, id: u64) -> Value {
         let end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut document = self.facts.clone();
+        let mut document = self.facts.lock().unwrap_or_else(PoisonError::into_inner).clone();
         document["job"] = json!(id.to_string());
         document["done_bytes"] = json!(self.done.load(Ordering::Relaxed));
         document["total_bytes"] = json!(self.total.load(Ordering::Relaxed));
@@ -67,7 +72,7 @@ impl Jobs {
         let id = self.next.fetch_add(1, Ordering::Relaxed) + 1;
         let job = Arc::new(Job {
             begin: Instant::now(),
-            facts,
+            facts: Mutex::new(facts),
             done: AtomicU64::new(0),
             total: AtomicU64::new(total),
             end: Mutex::new(None),

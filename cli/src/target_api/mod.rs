@@ -4,10 +4,11 @@
 //! |---|---|
 //! | `GET /v1/groups`, `GET /v1/points?group=&from=&to=`, `GET /v1/alarms` | what is kept |
 //! | `POST /v1/group/add`, `POST /v1/group/remove` | which hosts may write a group |
+//! | `POST /v1/base/attach`, `POST /v1/base/detach`, `GET /v1/bases?group=` | bases on block devices |
 //! | `POST /v1/hold/add`, `POST /v1/hold/remove`, `GET /v1/holds?group=` | keep points from retention |
 //! | `POST /v1/view/open`, `POST /v1/view/close`, `GET /v1/views` | points as block devices |
 //! | `POST /v1/restore`, `GET /v1/job?id=` | copy a point out |
-//! | `GET /v1/policy?group=`, `POST /v1/policy` | how long history is kept |
+//! | `GET /v1/policy?group=`, `POST /v1/policy`, `POST /v1/retention/resume` | how long history is kept |
 
 mod exports;
 mod jobs;
@@ -58,6 +59,27 @@ pub(crate) struct MemberRequest {
     pub host: String,
     #[serde(default)]
     pub force: bool,
+}
+
+/// Order for a base on a device.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct BaseRequest {
+    pub volume: String,
+    pub device: PathBuf,
+    #[serde(default)]
+    pub overwrite: bool,
+    #[serde(default)]
+    pub host: Option<String>,
+}
+
+/// Names a volume.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct VolumeRequest {
+    pub volume: String,
+    #[serde(default)]
+    pub host: Option<String>,
 }
 
 /// Names a point.
@@ -155,6 +177,16 @@ pub(crate) fn router(service: Arc<Service>) -> Router {
             "/v1/group/remove",
             post(|State(s): Shared, Json(r): Json<MemberRequest>| work(s, move |s| s.remove_member(&r))),
         )
+        .route(
+            "/v1/base/attach",
+            post(|State(s): Shared, Json(r): Json<BaseRequest>| work(s, move |s| s.attach_base(&r))),
+        )
+        .route(
+            "/v1/base/detach",
+            post(|State(s): Shared, Json(r): Json<VolumeRequest>| work(s, move |s| s.detach_base(&r))),
+        )
+        .route("/v1/bases", get(|State(s): Shared, Query(q): Query<GroupQuery>| work(s, move |s| s.bases(&q.group))))
+        .route("/v1/retention/resume", post(|State(s): Shared| work(s, |s| s.resume_retention())))
         .route("/v1/hold/add", post(|State(s): Shared, Json(r): Json<PointRequest>| work(s, move |s| s.add_hold(&r))))
         .route(
             "/v1/hold/remove",

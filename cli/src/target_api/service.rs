@@ -7,9 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use farshore_proto::text::{parse_duration, parse_size, parse_time, show_time};
 use farshore_proto::{Name, PointId, WallTime};
 use farshore_target::Kind;
+use farshore_target::bases::{AttachBase, BaseDevice};
 use farshore_target::group::GroupHost;
 use farshore_target::points::Point;
-use farshore_target::status::{PointSpec, resolve_point};
+use farshore_target::scratch::Space;
+use farshore_target::status::{PointInfo, PointSpec, StreamStatus, VolumeStatus, resolve_point};
 use farshore_target::target::Target;
 use farshore_target::views::{release_stale_holds, restore_volume};
 use farshore_uring::DirStorage;
@@ -17,7 +19,9 @@ use serde_json::{Value, json};
 
 use super::exports::{Export, Exports};
 use super::jobs::Jobs;
-use super::{MemberRequest, PointRequest, PointsQuery, PolicyRequest, RestoreRequest, ViewRequest};
+use super::{
+    BaseRequest, MemberRequest, PointRequest, PointsQuery, PolicyRequest, RestoreRequest, ViewRequest, VolumeRequest,
+};
 use crate::failure::Failure;
 
 /// One stream of the target.
@@ -37,10 +41,11 @@ pub(super) struct Found {
 }
 
 impl Service {
-    /// Over an open target; `sockets` is the folder for views whose place is not given. Views that were open before a
+    /// Over an open target; `sockets` is the folder for views whose place is not given, `space` what each volume of a
+    /// view may take of the disk. Views that were open before a
     /// restart are served again.
-    pub(crate) fn new(target: Arc<Target<DirStorage>>, sockets: PathBuf) -> Self {
-        let mut exports = Exports::new(sockets);
+    pub(crate) fn new(target: Arc<Target<DirStorage>>, sockets: PathBuf, space: Space) -> Self {
+        let mut exports = Exports::new(sockets, space);
         for group in target.groups().keys() {
             if let Ok(stream) = only_stream(&target, group) {
                 if let Err(error) = release_stale_holds(&stream) {
@@ -66,71 +71,21 @@ impl Service {
     }
 
     pub(super) fn groups(&self) -> Result<Value, Failure> {
-        let mut list = Vec::new();
-        for (name, record) in self.target.groups() {
-            let hosts: Vec<String> =
-                record.hosts.iter().filter(|(_, host)| host.member).map(|(host, _)| host.to_string()).collect();
-            let mut document = json!({ "group": name.to_string(), "hosts": hosts, "state": "empty", "points": 0 });
-            if let Ok(stream) = only_stream(&self.target, &name) {
-                self.describe(&name, &stream, &mut document);
-            }
-            for ((group, host), reason) in self.target.broken() {
-                if group == name {
-                    document["state"] = json!("broken");
-                    document["reason"] = json!(format!("{host}: {reason}"));
-                }
-            }
-            list.push(document);
+        let mut streams: BTreeMap<Name, Vec<StreamStatus>> = BTreeMap::new();
+        for status in self.target.status(self.target.alarms().now()) {
+            streams.entry(status.group.clone()).or_default().push(status);
         }
-        Ok(json!(list))
-    }
-
-    fn describe(&self, name: &Name, stream: &Stream, document: &mut Value) {
-        let lane = self.target.lane(&(name.clone(), stream.id.host_name.clone()));
-        let status = lane.map(|lane| lane.status()).unwrap_or_default();
-        document["state"] = json!(if status.stopped.is_some() {
-            "stopped"
-        } else if status.paused.is_some() {
-            "paused"
-        } else if status.connected {
-            "receiving"
-        } else {
-            "disconnected"
-        });
-        document["reason"] = json!(status.stopped.or(status.paused));
-        let points = stream.points();
-        document["points"] = json!(points.recoverable().count());
-        document["oldest_point"] = point_or_null(stream, points.recoverable().next());
-        document["newest_point"] = point_or_null(stream, points.newest());
-        drop(points);
-        let record = stream.record();
-        document["generation"] = json!(record.generation.0);
-        document["journal_bytes"] = json!(stream.segments.list().iter().map(|segment| segment.bytes).sum::<u64>());
-        document["holds"] = json!(record.holds.len());
-        document["volumes"] = json!(
-            record
-                .volumes
-                .iter()
-                .map(|volume| json!({ "volume": volume.name.to_string(), "size_bytes": volume.size }))
-                .collect::<Vec<_>>()
-        );
+        Ok(json!(streams.iter().map(|(group, streams)| group_document(group, streams)).collect::<Vec<_>>()))
     }
 
     pub(super) fn points(&self, query: &PointsQuery) -> Result<Value, Failure> {
-        let stream = self.stream(&query.group)?;
+        let group = parse_name("group", &query.group)?;
         let time = |text: &Option<String>| -> Result<Option<WallTime>, Failure> {
             text.as_deref().map(parse_time).transpose().map_err(|error| Failure::usage("time", error.to_string()))
         };
-        let (from, to) = (time(&query.from)?.unwrap_or_default(), time(&query.to)?.unwrap_or(WallTime(u64::MAX)));
-        let horizon = stream.record().horizon.map(|point| point.batch);
-        let points = stream.points();
-        let list: Vec<Value> = points
-            .recoverable()
-            .filter(|point| horizon.is_none_or(|horizon| point.id.batch >= horizon))
-            .filter(|point| point.time >= from && point.time <= to)
-            .map(|point| point_document(&stream, point))
-            .collect();
-        Ok(json!(list))
+        let points = self.target.points(&group, time(&query.from)?, time(&query.to)?).map_err(|_| no_group(&group))?;
+        let document = |info: PointInfo| point_document(&info.point, info.verified, info.is_group);
+        Ok(json!(points.into_iter().map(document).collect::<Vec<_>>()))
     }
 
     pub(super) fn alarms(&self) -> Value {
@@ -160,6 +115,59 @@ impl Service {
         }
         self.target.remove_member(&group, &host)?;
         Ok(json!({ "group": group.to_string(), "host": host.to_string() }))
+    }
+
+    /// Takes a device into use, as a job.
+    pub(super) fn attach_base(&self, request: &BaseRequest) -> Result<Value, Failure> {
+        let (group, volume) = split_volume(&request.volume)?;
+        let host = request.host.as_deref().map(|host| parse_name("host", host)).transpose()?;
+        let (path, overwrite) = (request.device.clone(), request.overwrite);
+        let facts = json!({ "volume": request.volume, "device": path });
+        let order = AttachBase { group, host, volume, path, overwrite };
+        let target = Arc::clone(&self.target);
+        self.jobs.start(facts, 0, move |job| {
+            let made = target.attach_base(&order, |progress| job.progress(progress.position, progress.size))?;
+            job.progress(made.size, made.size);
+            job.note("size_bytes", json!(made.size));
+            Ok(())
+        })
+    }
+
+    pub(super) fn detach_base(&self, request: &VolumeRequest) -> Result<Value, Failure> {
+        let (group, volume) = split_volume(&request.volume)?;
+        let host = request.host.as_deref().map(|host| parse_name("host", host)).transpose()?;
+        let freed = self.target.detach_base(&group, host.as_ref(), &volume)?;
+        Ok(json!({ "volume": request.volume, "device": freed.path }))
+    }
+
+    /// Where the bases of a group's volumes are; those that no source has brought yet are `waiting`.
+    pub(super) fn bases(&self, group: &str) -> Result<Value, Failure> {
+        let group = parse_name("group", group)?;
+        let mut streams = self.target.status(self.target.alarms().now());
+        streams.retain(|status| status.group == group);
+        if streams.is_empty() {
+            return Err(no_group(&group));
+        }
+        let mut list = Vec::new();
+        for status in streams {
+            let mut devices = status.devices;
+            for volume in &status.volumes {
+                let device = devices.remove(&volume.name);
+                let state = if status.broken.is_some() { "unavailable" } else { "in use" };
+                list.push(base_document(&status.host, &volume.name, device.as_ref(), volume.size, state));
+            }
+            list.extend(
+                devices
+                    .iter()
+                    .map(|(volume, device)| base_document(&status.host, volume, Some(device), device.size, "waiting")),
+            );
+        }
+        Ok(json!(list))
+    }
+
+    pub(super) fn resume_retention(&self) -> Result<Value, Failure> {
+        let reason = self.target.resume_retention()?;
+        Ok(json!({ "reason": reason }))
     }
 
     /// Finds a point: `latest`, `latest-app`, `bookmark:NAME`, an id, or a time.
@@ -235,12 +243,9 @@ impl Service {
     }
 
     pub(super) fn restore(&self, request: &RestoreRequest) -> Result<Value, Failure> {
-        let (group, volume) = request
-            .volume
-            .split_once('/')
-            .ok_or_else(|| Failure::usage(request.volume.clone(), "is not GROUP/VOLUME"))?;
-        let found = self.find(group, &request.at)?;
-        let decl = found.stream.record().volumes.into_iter().find(|decl| decl.name.as_str() == volume);
+        let (group, volume) = split_volume(&request.volume)?;
+        let found = self.find(group.as_str(), &request.at)?;
+        let decl = found.stream.record().volumes.into_iter().find(|decl| decl.name == volume);
         let decl = decl.filter(|decl| found.point.volumes.contains(&decl.index)).ok_or_else(|| {
             Failure::not_found(
                 format!("volume {volume} of group {group}"),
@@ -323,21 +328,71 @@ fn only_stream(target: &Target<DirStorage>, group: &Name) -> Result<Arc<Stream>,
         .ok_or_else(|| Failure::not_found(format!("group {group}"), "no host has written it yet"))
 }
 
+/// From GROUP/VOLUME.
+fn split_volume(text: &str) -> Result<(Name, Name), Failure> {
+    let (group, volume) = text.split_once('/').ok_or_else(|| Failure::usage(text, "is not GROUP/VOLUME"))?;
+    Ok((parse_name("group", group)?, parse_name("volume", volume)?))
+}
+
+/// A group as `groups --json` shows it: its hosts, and the state of the first that has written it.
+fn group_document(group: &Name, streams: &[StreamStatus]) -> Value {
+    let hosts: Vec<String> =
+        streams.iter().filter(|status| status.member).map(|status| status.host.to_string()).collect();
+    let mut document = json!({ "group": group.to_string(), "hosts": hosts, "state": "empty", "points": 0 });
+    if let Some(status) = streams.iter().find(|status| status.broken.is_none()) {
+        let lane = &status.lane;
+        document["state"] = json!(if lane.stopped.is_some() {
+            "stopped"
+        } else if lane.paused.is_some() {
+            "paused"
+        } else if lane.connected {
+            "receiving"
+        } else {
+            "disconnected"
+        });
+        document["reason"] = json!(lane.stopped.as_ref().or(lane.paused.as_ref()));
+        let point = |point: &Option<Point>| {
+            point.as_ref().map(|point| point_document(point, point.id.batch <= status.checked, streams.len() == 1))
+        };
+        document["points"] = json!(status.points);
+        document["oldest_point"] = json!(point(&status.oldest));
+        document["newest_point"] = json!(point(&status.newest));
+        document["generation"] = json!(status.generation.0);
+        document["journal_bytes"] = json!(status.journal_bytes);
+        document["holds"] = json!(status.holds.len());
+        let volume = |volume: &VolumeStatus| json!({ "volume": volume.name.to_string(), "size_bytes": volume.size });
+        document["volumes"] = json!(status.volumes.iter().map(volume).collect::<Vec<_>>());
+    }
+    for status in streams {
+        if let Some(reason) = &status.broken {
+            document["state"] = json!("broken");
+            document["reason"] = json!(format!("{}: {reason}", status.host));
+        }
+    }
+    document
+}
+
 /// A point as `points --json` shows it.
-pub(super) fn point_document(stream: &Stream, point: &Point) -> Value {
+fn point_document(point: &Point, verified: bool, is_group: bool) -> Value {
     json!({
         "id": point.id.to_string(),
         "time": show_time(point.time),
         "received": show_time(point.received),
-        "scope": "group",
+        "scope": if is_group { "group" } else { "member" },
         "kind": if point.app_consistent { "app" } else { "crash" },
         "bookmark": point.bookmark.as_ref().map(ToString::to_string),
         "generation": point.id.generation.0,
         "recoverable": point.recoverable,
-        "verified": point.id.batch.0 <= stream.checked().0,
+        "verified": verified,
     })
 }
 
-fn point_or_null(stream: &Stream, point: Option<&Point>) -> Value {
-    point.map_or(Value::Null, |point| point_document(stream, point))
+fn base_document(host: &Name, volume: &Name, device: Option<&BaseDevice>, size: u64, state: &str) -> Value {
+    json!({
+        "volume": volume.to_string(),
+        "host": host.to_string(),
+        "device": device.map(|device| &device.path),
+        "size_bytes": size,
+        "state": state,
+    })
 }

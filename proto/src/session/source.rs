@@ -137,7 +137,8 @@ impl SourceSession {
             nonce,
             volumes,
         };
-        self.outbox.push_back(SourceMessage::Hello(hello).encode()?);
+        let epoch = self.config.host_key.epoch();
+        self.outbox.push_back(SourceMessage::KeyedHello { epoch, hello }.encode()?);
         self.nonce = nonce;
         self.counter = 0;
         self.state = State::Greeting;

@@ -3,7 +3,7 @@ use std::collections::VecDeque;
 use crate::batch::VolumeDecl;
 use crate::keys::AnswerKey;
 use crate::message::{Answers, Hello, Lease, RefuseCode, SourceMessage, TargetMessage, Welcome};
-use crate::{BatchNo, ChainHash, Error, Incarnation, Result, VaultId, WallTime};
+use crate::{BatchNo, ChainHash, Error, Incarnation, KeyEpoch, Result, VaultId, WallTime};
 
 /// Target half of one replication session. Performs no I/O.
 ///
@@ -44,29 +44,20 @@ impl TargetSession {
         Self { vault, state: State::Fresh, nonce: [0; 32], counter: 0, answer_key: None, outbox: VecDeque::new() }
     }
 
-    /// A message arrived. `host_key` gives the answer key of a host by its name, for the greeting.
+    /// A message arrived. `answer_key` gives the answer key of a host for the greeting: that of the epoch named, or of the
+    /// newest; `None` where there is no such key.
     ///
     /// # Errors
-    /// Malformed bytes or a message that does not fit the state. The caller refuses and closes.
+    /// Malformed bytes, a message that does not fit the state, or [`Error::UnknownKey`]. The caller refuses and closes; in the
+    /// last case nothing can be said to the source that it would believe.
     pub fn handle_control(
         &mut self,
         bytes: &[u8],
-        answer_key: impl FnOnce(&Hello) -> AnswerKey,
+        answer_key: impl FnOnce(&Hello, Option<KeyEpoch>) -> Option<AnswerKey>,
     ) -> Result<Option<TargetEvent>> {
         match (self.state, SourceMessage::decode(bytes)?) {
-            (State::Fresh, SourceMessage::Hello(hello)) => {
-                self.nonce = hello.nonce;
-                self.answer_key = Some(answer_key(&hello));
-                self.state = State::Greeted;
-                if hello.vault != self.vault {
-                    self.refuse(
-                        RefuseCode::Vault,
-                        format!("this target serves vault {}, not {}", self.vault, hello.vault),
-                    );
-                    return Ok(None);
-                }
-                Ok(Some(TargetEvent::Hello(Box::new(hello))))
-            }
+            (State::Fresh, SourceMessage::Hello(hello)) => self.greet(hello, None, answer_key),
+            (State::Fresh, SourceMessage::KeyedHello { epoch, hello }) => self.greet(hello, Some(epoch), answer_key),
             (State::Greeted | State::Live, SourceMessage::Volumes(volumes)) => Ok(Some(TargetEvent::Volumes(volumes))),
             (State::Live, SourceMessage::Ping(ping)) => {
                 self.say(&TargetMessage::Pong(ping));
@@ -76,7 +67,7 @@ impl TargetSession {
             (State::Ended, _) => Ok(None),
             (state, message) => Err(Error::Unexpected {
                 got: match message {
-                    SourceMessage::Hello(_) => "hello",
+                    SourceMessage::Hello(_) | SourceMessage::KeyedHello { .. } => "hello",
                     SourceMessage::Volumes(_) => "volumes",
                     SourceMessage::Ping(_) => "ping",
                     SourceMessage::Bye => "bye",
@@ -89,6 +80,25 @@ impl TargetSession {
                 },
             }),
         }
+    }
+
+    fn greet(
+        &mut self,
+        hello: Hello,
+        epoch: Option<KeyEpoch>,
+        answer_key: impl FnOnce(&Hello, Option<KeyEpoch>) -> Option<AnswerKey>,
+    ) -> Result<Option<TargetEvent>> {
+        self.nonce = hello.nonce;
+        self.answer_key = answer_key(&hello, epoch);
+        if self.answer_key.is_none() {
+            return Err(Error::UnknownKey { epoch: epoch.unwrap_or_default() });
+        }
+        self.state = State::Greeted;
+        if hello.vault != self.vault {
+            self.refuse(RefuseCode::Vault, format!("this target serves vault {}, not {}", self.vault, hello.vault));
+            return Ok(None);
+        }
+        Ok(Some(TargetEvent::Hello(Box::new(hello))))
     }
 
     /// Accepts the stream.

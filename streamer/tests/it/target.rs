@@ -71,7 +71,7 @@ impl Target {
     }
 
     pub fn control(&mut self, journal: &Journal, bytes: &[u8]) {
-        let event = self.session.handle_control(bytes, |_| host_key().answer_key()).expect("an honest source");
+        let event = self.session.handle_control(bytes, |_, _| Some(host_key().answer_key())).expect("an honest source");
         if let Some(TargetEvent::Hello(hello)) = event {
             let empty =
                 hello.volumes.iter().map(|volume| volume.index).filter(|v| !journal.joined.contains(v)).collect();

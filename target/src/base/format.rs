@@ -57,6 +57,13 @@ pub(super) struct IntentEntry {
 
 const _: () = assert!(size_of::<IntentEntry>() == 48);
 
+impl IntentEntry {
+    /// Its slots.
+    pub(super) fn slots(&self) -> std::ops::Range<u64> {
+        self.first.get()..self.first.get().saturating_add(self.count.get())
+    }
+}
+
 /// Bytes of an intent.
 pub(super) fn intent_bytes(entries: usize) -> usize {
     size_of::<IntentHeader>() + entries * size_of::<IntentEntry>()

@@ -9,7 +9,15 @@ fn decl(size: u64) -> VolumeDecl {
 }
 
 fn open(storage: &SimStorage) -> Result<Base<SimStorage>> {
-    Base::open_or_create(storage.clone(), PathBuf::from("base"), &decl(SIZE))
+    open_at(storage, None)
+}
+
+/// On the device at the path, or in a file.
+fn open_at(storage: &SimStorage, device: Option<&Path>) -> Result<Base<SimStorage>> {
+    let (folder, decl) = (PathBuf::from("base"), decl(SIZE));
+    let Some(path) = device else { return Base::open_or_create(storage.clone(), folder, &decl) };
+    let device = storage.open_device(path).at("open", path)?;
+    Base::open_on_device(storage.clone(), folder, &decl, device, path)
 }
 
 fn crashed(error: &Error) -> bool {
@@ -44,9 +52,21 @@ fn read_all(base: &Base<SimStorage>) -> Result<Vec<u8>> {
 /// is written again is there.
 #[test]
 fn crashes_leave_old_or_new_sectors() {
-    for seed in 0..150 {
+    (0..150).for_each(|seed| crash_and_look(seed, None));
+}
+
+/// Goal: the same on a device, which is larger than the volume.
+#[test]
+fn crashes_on_a_device_leave_old_or_new_sectors() {
+    (0..150).for_each(|seed| crash_and_look(seed, Some(Path::new("/dev/sda"))));
+}
+
+fn crash_and_look(seed: u64, device: Option<&Path>) {
+    let open = |storage: &SimStorage| open_at(storage, device);
+    {
         let mut world = World::new(seed);
         let storage = world.storage();
+        storage.add_device(Path::new("/dev/sda"), SIZE + 12_288, "A");
         let mut rng = world.rng().fork();
         let mut model = vec![0u8; usize::try_from(SIZE).expect("small")];
         let mut versions = vec![model.clone()];

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use farshore_proto::message::RefuseCode;
 use farshore_proto::record::Kind as RecordKind;
 use farshore_proto::session::{Resume, SourceTail, resume};
 use farshore_uring::sim::{SimRng, SimStorage};
@@ -10,8 +11,10 @@ use farshore_uring::{OpenMode, Storage, StorageFile};
 
 use super::source::{Clocked, Op, Source, VAULT, name};
 use super::{assert_point, open, read_volume, storage};
+use crate::alarm::AlarmCode;
 use crate::catalog;
 use crate::check::{Checker, Progress};
+use crate::damage::Damaged;
 use crate::error::Kind;
 use crate::verify::{dump_segment, verify_journal, verify_segment};
 
@@ -277,4 +280,102 @@ fn the_catalog_is_verified_mended_and_rebuilt() {
     assert_eq!(holds(&both.fork()), (1, 1, vec!["catalog.rebuilt"], false), "from the stream's state file");
     both.remove(Path::new("groups/db/host-a/state")).expect("there");
     assert_eq!(holds(&both), (0, 0, vec!["catalog.rebuilt"], true), "from the segments: no horizon may move");
+    assert_eq!(holds(&both), (0, 0, vec!["catalog.rebuilt"], true), "nor after a restart");
+    {
+        let target = open(&both).expect("opens");
+        let stream = target.stream(&name("db"), None).expect("kept");
+        let error = stream.set_horizon(source.sent[4].point).expect_err("suspended");
+        assert!(error.to_string().contains("resume-retention"), "{error}");
+        let reason = target.resume_retention().expect("a good disk");
+        assert!(reason.is_some_and(|reason| reason.contains("db/host-a")));
+        assert_eq!(target.resume_retention().expect("a good disk"), None);
+        stream.set_horizon(source.sent[4].point).expect("goes on");
+    }
+    assert!(open(&both).expect("opens").alarm_list().is_empty());
+}
+
+/// Goal: an entry that rots in the active segment while the target runs is not lost: the alarm names it, the segment is
+/// closed, and a restart serves every point.
+#[test]
+fn an_entry_that_rots_in_the_open_segment_is_rescued() {
+    let disk = storage(28);
+    let target = open(&disk).expect("a good disk");
+    let mut source = Source::new("db", "host-a", 1);
+    let mut world = Clocked::new(&target);
+    source.connect(&mut world);
+    source.join_all(&mut world);
+    for at in [16, 300, 400] {
+        let sent = source.batch(&[Op::Write(0, at, vec![9; 4096])], None);
+        source.send(&mut world, &sent.bytes);
+    }
+    let path = Path::new(FOLDER).join("00000001.seg");
+    let dump = dump_segment(&disk, &path).expect("a good disk");
+    let entry = dump.entries.iter().find(|entry| entry.point == source.sent[1].point).expect("stored");
+    // In the record list, behind the batch's header.
+    disk.corrupt(&path, entry.at + 4096 + 330, 1).expect("there");
+    let stream = target.stream(&name("db"), None).expect("made");
+    let mut checker = Checker::new(Arc::clone(&stream));
+    while checker.step().expect("damage is no error") == Progress::Worked {}
+    let subject = "db/host-a segment 1";
+    assert!(target.alarms().is_raised(AlarmCode::EntryDamaged, subject), "{:?}", target.alarm_list());
+    source.talk(&mut world);
+    assert_eq!((source.refused.clone(), source.closed.clone()), (None, None), "the source is not disturbed");
+    let more = source.batch(&[Op::Write(0, 500, vec![7; 512])], None);
+    source.send(&mut world, &more.bytes);
+    assert_eq!(source.acked, more.number);
+    drop((stream, checker, target));
+    let target = open(&disk).expect("opens again");
+    let stream = target.stream(&name("db"), None).expect("kept");
+    assert!(stream.damage().is_empty(), "{:?}", stream.damage());
+    for sent in &source.sent {
+        stream.check_point(&sent.point).expect("whole");
+        assert_point(&stream, sent);
+    }
+}
+
+/// Goal: batches found lost while the target runs make the source compare at once, not at the next restart, and no point
+/// counts as healed before it has; also when more are found lost while it compares.
+#[test]
+fn batches_lost_at_run_time_make_the_source_compare() {
+    let disk = storage(29);
+    let target = open(&disk).expect("a good disk");
+    let mut source = Source::new("db", "host-a", 1);
+    let mut world = Clocked::new(&target);
+    source.connect(&mut world);
+    source.join_all(&mut world);
+    let lost = source.batch(&[Op::Write(0, 16, vec![9; 4096])], None);
+    source.send(&mut world, &lost.bytes);
+    let stream = target.stream(&name("db"), None).expect("made");
+    let lose = |batch| stream.note_damage(Damaged::Batches { from: batch, to: batch, healed: None });
+    let begin_again = |source: &mut Source, world: &mut Clocked<'_, SimStorage>| {
+        let (code, _) = source.refused.clone().expect("sent away");
+        assert_eq!(code, RefuseCode::Unavailable, "a source comes again by itself");
+        source.connect(world);
+        let welcome = source.welcome.clone().expect("welcomed");
+        assert!(welcome.event_open);
+        let last = source.sent.last().expect("sent");
+        let own = SourceTail { incarnation: source.incarnation, number: last.number, chain: last.chain, unsent: false };
+        let Resume::StartOver { incarnation } = resume(&own, welcome.tail.as_ref()) else { panic!("must compare") };
+        source.start_over(incarnation);
+        let event = source.batch(&[Op::Mark(RecordKind::EventBegin, 0)], None);
+        source.send(world, &event.bytes);
+        assert_eq!(source.acked, event.number);
+    };
+    lose(lost.number);
+    let late = source.batch(&[Op::Write(0, 300, vec![8; 4096])], None);
+    source.send(&mut world, &late.bytes);
+    source.sent.pop();
+    begin_again(&mut source, &mut world);
+    lose(source.acked);
+    source.talk(&mut world);
+    begin_again(&mut source, &mut world);
+    assert!(stream.damage().needs_compare());
+    let healed = source.batch(&[Op::Write(0, 16, vec![9; 4096]), Op::Mark(RecordKind::EventEnd, 0)], None);
+    source.send(&mut world, &healed.bytes);
+    assert!(!stream.damage().needs_compare());
+    assert!(stream.check_point(&lost.point).is_err() && stream.check_point(&healed.point).is_ok());
+    drop((stream, target));
+    let target = open(&disk).expect("opens again");
+    let stream = target.stream(&name("db"), None).expect("kept");
+    assert!(stream.check_point(&lost.point).is_err() && stream.check_point(&healed.point).is_ok());
 }

@@ -3,21 +3,28 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use farshore_proto::VolumeIndex;
-use farshore_uring::sim::{SimRng, SimStorage};
+use farshore_uring::sim::{SimRng, SimStorage, StorageOp};
 
 use super::source::{Clocked, Source, name};
 use super::{VOLUME_BYTES, assert_point, open, storage};
 use crate::error::{Kind, Result};
 use crate::group::GroupHost;
 use crate::retention::Mover;
+use crate::scratch::{RESERVE_BYTES, Space};
 use crate::target::Target;
 use crate::view::ViewOptions;
-use crate::views::{list_views, open_view, release_stale_holds, remove_view, restore_volume};
+use crate::views::{list_views, open_view, open_views, release_stale_holds, remove_view, remove_views, restore_volume};
 
-const OPTIONS: ViewOptions = ViewOptions { read_only: false, workers: 0, cache_bytes: 1 << 17 };
+const OPTIONS: ViewOptions = ViewOptions {
+    read_only: false,
+    workers: 0,
+    cache_bytes: 1 << 17,
+    space: Space { limit: None, reserve: RESERVE_BYTES },
+};
 
 fn stream(target: &Target<SimStorage>) -> Arc<GroupHost<SimStorage>> {
     Arc::clone(&target.streams(&name("db")).expect("the group exists")[&name("host-a")])
@@ -206,4 +213,38 @@ fn a_kill_at_any_call_keeps_every_point() {
         at += 1 + crash_rng.below(total / 60);
     }
     assert!(lives > 60);
+}
+
+/// Goal: opening and closing a view of two volumes costs few syncs: one change of the catalog each (5), and per volume the
+/// making of its scratch (3) or the removal of its map (1).
+#[test]
+fn opening_and_closing_a_view_costs_few_syncs() {
+    let disk = storage(13);
+    let target = open(&disk).expect("an empty root");
+    let mut source = Source::new("db", "host-a", 2);
+    assert!(begin(&target, &mut source, &mut SimRng::new(13)));
+    let (stream, point) = (stream(&target), source.sent.last().expect("sent").point);
+    let syncs = Arc::new(AtomicU64::new(0));
+    let counter = Arc::clone(&syncs);
+    disk.set_fault(move |op, _| {
+        counter.fetch_add(u64::from(matches!(op, StorageOp::Sync | StorageOp::SyncDir)), Ordering::Relaxed);
+        None
+    });
+    let volumes = [VolumeIndex(0), VolumeIndex(1)];
+    let note = Some(("export drill", "somewhere"));
+    let read_only = ViewOptions { read_only: true, ..OPTIONS };
+    for (id, options, opening, closing) in [("drill", OPTIONS, 5 + 2 * 3, 5 + 2), ("look", read_only, 5, 5)] {
+        let views = open_views(&stream, &name(id), point, &volumes, options, note).expect("no faults");
+        assert_eq!(syncs.swap(0, Ordering::Relaxed), opening, "open {id}");
+        let record = stream.record();
+        assert_eq!((views.len(), record.holds.len(), list_views(&stream).len()), (2, 2, 2));
+        assert_eq!(record.notes.get("export drill").map(String::as_str), Some("somewhere"));
+        drop(open_views(&stream, &name(id), point, &volumes, options, note).expect("known"));
+        assert_eq!(syncs.swap(0, Ordering::Relaxed), 0, "open {id} once more");
+        drop(views);
+        remove_views(&stream, &name(id), "export drill").expect("no faults");
+        assert_eq!(syncs.swap(0, Ordering::Relaxed), closing, "close {id}");
+        let record = stream.record();
+        assert!(record.holds.is_empty() && record.notes.is_empty(), "{record:?}");
+    }
 }

@@ -5,7 +5,7 @@ mod damage;
 mod history;
 mod link;
 mod protocol;
-mod source;
+pub(crate) mod source;
 
 use farshore_proto::VolumeIndex;
 use farshore_uring::Storage;
@@ -18,13 +18,13 @@ use crate::target::{Target, TargetConfig};
 use source::{Sent, VOLUME_BYTES, keys};
 
 /// Small segments, so that a few batches fill several.
-const CONFIG: TargetConfig = TargetConfig { frame_cache_bytes: 1 << 20, segment_bytes: 160 << 10 };
+pub(crate) const CONFIG: TargetConfig = TargetConfig { frame_cache_bytes: 1 << 20, segment_bytes: 160 << 10 };
 
-fn storage(seed: u64) -> SimStorage {
+pub(crate) fn storage(seed: u64) -> SimStorage {
     SimStorage::new(SimRng::new(seed))
 }
 
-fn open(storage: &SimStorage) -> Result<Target<SimStorage>> {
+pub(crate) fn open(storage: &SimStorage) -> Result<Target<SimStorage>> {
     Target::open(storage.clone(), keys(), CONFIG)
 }
 
@@ -38,7 +38,7 @@ fn read_volume<S: Storage>(stream: &GroupHost<S>, volume: u16, sent: &Sent) -> R
 }
 
 /// Every joined volume at the point is exactly what the source had.
-fn assert_point<S: Storage>(stream: &GroupHost<S>, sent: &Sent) {
+pub(crate) fn assert_point<S: Storage>(stream: &GroupHost<S>, sent: &Sent) {
     for volume in &sent.joined {
         let found = read_volume(stream, *volume, sent).expect("the point is readable");
         let differs = found.iter().zip(&sent.content[volume]).position(|(a, b)| a != b);

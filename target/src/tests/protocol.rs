@@ -2,14 +2,17 @@
 
 use std::time::Duration;
 
+use farshore_proto::keys::{HostKey, VaultKey};
 use farshore_proto::message::RefuseCode;
 use farshore_proto::record::Kind;
-use farshore_proto::{BatchNo, Incarnation};
+use farshore_proto::{BatchNo, HostId, Incarnation, KeyEpoch};
 use farshore_uring::sim::{SimRng, SimStorage};
 
-use super::source::{Clocked, Op, Sent, Source, name};
-use super::{assert_point, open, storage};
+use super::source::{Clocked, Op, Sent, Source, VAULT, name};
+use super::{CONFIG, assert_point, open, storage};
+use crate::alarm::AlarmCode;
 use crate::check::{Checker, Progress};
+use crate::keys::TargetKeys;
 use crate::status::{PointSpec, resolve_point};
 use crate::target::Target;
 
@@ -407,4 +410,49 @@ fn a_host_owns_only_so_many_groups() {
         refused += u32::from(source.refused.is_some_and(|(code, _)| code == RefuseCode::NotAMember));
     }
     assert_eq!((refused, target.groups().len()), (2, 64));
+}
+
+/// Goal: after a rotation of the vault's key an agent with an older bundle is served as before, and so is one with the new
+/// bundle; one whose key the target was not given is sent away with an alarm until the target has its new bundle.
+#[test]
+fn a_rotated_key_locks_nobody_out() {
+    let vault_key = |epoch: u32| (KeyEpoch(epoch), VaultKey::new([6 + u8::try_from(epoch).expect("small"); 32]));
+    let bundle = |epochs: std::ops::RangeInclusive<u32>| TargetKeys::new(VAULT, epochs.map(vault_key)).expect("keys");
+    let key = |epoch| HostKey::derive(&vault_key(epoch).1, HostId::derive(VAULT, &name("host-a")), KeyEpoch(epoch));
+    let disk = storage(31);
+    let reopen = |epochs| Target::open(disk.clone(), bundle(epochs), CONFIG).expect("a good disk");
+    let mut source = Source::with_key(VAULT, key(1), "db", "host-a", 1);
+    let mut rng = SimRng::new(31);
+    let mut go_on = |source: &mut Source, target: &Target<SimStorage>, connects: bool| {
+        let mut world = Clocked::new(target);
+        source.connect(&mut world);
+        assert_eq!(source.welcome.is_some(), connects, "{:?}", source.closed);
+        if connects {
+            let sent = source.step(&mut world, &mut rng, 4);
+            assert_eq!(source.acked, sent.number);
+        }
+    };
+    {
+        let target = reopen(1..=1);
+        go_on(&mut source, &target, true);
+        source.join_all(&mut Clocked::new(&target));
+    }
+    go_on(&mut source, &reopen(1..=2), true);
+    source.use_key(key(2));
+    go_on(&mut source, &reopen(1..=2), true);
+    source.use_key(key(3));
+    {
+        let target = reopen(1..=2);
+        go_on(&mut source, &target, false);
+        assert!(source.closed.as_ref().is_some_and(|why| why.contains("epoch 3")), "{:?}", source.closed);
+        assert!(target.alarms().is_raised(AlarmCode::KeyUnknown, "host-a"));
+        source.use_key(key(2));
+        go_on(&mut source, &target, true);
+        assert!(!target.alarms().is_raised(AlarmCode::KeyUnknown, "host-a"));
+    }
+    source.use_key(key(3));
+    let target = reopen(1..=3);
+    go_on(&mut source, &target, true);
+    let stream = target.stream(&name("db"), None).expect("open");
+    source.sent.iter().filter(|sent| !sent.joined.is_empty()).for_each(|sent| assert_point(&stream, sent));
 }

@@ -19,21 +19,21 @@ use crate::keys::TargetKeys;
 use crate::lane::{Output, SessionId};
 use crate::target::{Peer, Target};
 
-pub(super) const VAULT: VaultId = VaultId([0x11; 16]);
+pub(crate) const VAULT: VaultId = VaultId([0x11; 16]);
 /// Bytes of each test volume: eight slots and a half, so that the last one is short.
-pub(super) const VOLUME_BYTES: u64 = 8 * 65536 + 32768;
+pub(crate) const VOLUME_BYTES: u64 = 8 * 65536 + 32768;
 
-pub(super) fn name(text: &str) -> Name {
+pub(crate) fn name(text: &str) -> Name {
     Name::new(text).expect("a good name")
 }
 
-pub(super) fn keys() -> TargetKeys {
+pub(crate) fn keys() -> TargetKeys {
     TargetKeys::new(VAULT, [(KeyEpoch(1), VaultKey::new([7; 32]))]).expect("one key")
 }
 
 /// One thing that happens in a batch.
 #[derive(Clone, Debug)]
-pub(super) enum Op {
+pub(crate) enum Op {
     Write(u16, u64, Vec<u8>),
     Zero(u16, u64, u64),
     /// By reference: the content of that id, which is these bytes.
@@ -45,47 +45,47 @@ pub(super) enum Op {
 
 /// A batch as it was sent.
 #[derive(Clone)]
-pub(super) struct Sent {
-    pub(super) number: BatchNo,
-    pub(super) chain: ChainHash,
-    pub(super) bytes: Vec<u8>,
-    pub(super) point: PointId,
+pub(crate) struct Sent {
+    pub(crate) number: BatchNo,
+    pub(crate) chain: ChainHash,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) point: PointId,
     /// What the volumes hold at its end.
-    pub(super) content: BTreeMap<u16, Vec<u8>>,
-    pub(super) joined: Vec<u16>,
+    pub(crate) content: BTreeMap<u16, Vec<u8>>,
+    pub(crate) joined: Vec<u16>,
 }
 
-pub(super) struct Source {
+pub(crate) struct Source {
     vault: VaultId,
-    pub(super) group: Name,
-    pub(super) host: Name,
-    pub(super) key: HostKey,
-    pub(super) session: SourceSession,
-    pub(super) volumes: Vec<VolumeDecl>,
-    pub(super) incarnation: Incarnation,
-    pub(super) sent: Vec<Sent>,
-    pub(super) acked: BatchNo,
+    pub(crate) group: Name,
+    pub(crate) host: Name,
+    pub(crate) key: HostKey,
+    pub(crate) session: SourceSession,
+    pub(crate) volumes: Vec<VolumeDecl>,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) sent: Vec<Sent>,
+    pub(crate) acked: BatchNo,
     position: u64,
-    pub(super) content: BTreeMap<u16, Vec<u8>>,
-    pub(super) joined: Vec<u16>,
+    pub(crate) content: BTreeMap<u16, Vec<u8>>,
+    pub(crate) joined: Vec<u16>,
     /// Set while a cut may not be recovered to.
-    pub(super) event_open: bool,
-    pub(super) link: SessionId,
-    pub(super) welcome: Option<Welcome>,
-    pub(super) refused: Option<(RefuseCode, String)>,
-    pub(super) closed: Option<String>,
-    pub(super) paused: Option<String>,
-    pub(super) answers: Vec<Answers>,
-    pub(super) lease: Option<Lease>,
+    pub(crate) event_open: bool,
+    pub(crate) link: SessionId,
+    pub(crate) welcome: Option<Welcome>,
+    pub(crate) refused: Option<(RefuseCode, String)>,
+    pub(crate) closed: Option<String>,
+    pub(crate) paused: Option<String>,
+    pub(crate) answers: Vec<Answers>,
+    pub(crate) lease: Option<Lease>,
 }
 
 impl Source {
-    pub(super) fn new(group: &str, host: &str, volumes: u16) -> Self {
+    pub(crate) fn new(group: &str, host: &str, volumes: u16) -> Self {
         let key = HostKey::derive(&VaultKey::new([7; 32]), HostId::derive(VAULT, &name(host)), KeyEpoch(1));
         Self::with_key(VAULT, key, group, host, volumes)
     }
 
-    pub(super) fn with_key(vault: VaultId, key: HostKey, group: &str, host: &str, volumes: u16) -> Self {
+    pub(crate) fn with_key(vault: VaultId, key: HostKey, group: &str, host: &str, volumes: u16) -> Self {
         let (group, host) = (name(group), name(host));
         let config = SourceConfig { vault, group: group.clone(), host: host.clone(), host_key: key.clone() };
         let decl = |index: u16| VolumeDecl {
@@ -119,12 +119,18 @@ impl Source {
         }
     }
 
-    pub(super) fn id_of(&self, content: &[u8]) -> ChunkId {
+    /// Seals with another key from now on, as with another bundle.
+    pub(crate) fn use_key(&mut self, key: HostKey) {
+        let config = SourceConfig { host_key: key.clone(), ..self.session.config().clone() };
+        (self.key, self.session) = (key, SourceSession::new(config));
+    }
+
+    pub(crate) fn id_of(&self, content: &[u8]) -> ChunkId {
         self.key.dedup_key(GroupId::derive(self.vault, &self.group)).chunk_id(content)
     }
 
     /// Random writes, zeroes and one write by several pieces, in all volumes.
-    pub(super) fn random_ops(&self, rng: &mut SimRng, count: usize) -> Vec<Op> {
+    pub(crate) fn random_ops(&self, rng: &mut SimRng, count: usize) -> Vec<Op> {
         let volumes = u64::try_from(self.volumes.len()).expect("small");
         let sectors = VOLUME_BYTES / 512;
         (0..count)
@@ -145,7 +151,7 @@ impl Source {
     }
 
     /// Makes the next batch and remembers it.
-    pub(super) fn batch(&mut self, ops: &[Op], bookmark: Option<&str>) -> Sent {
+    pub(crate) fn batch(&mut self, ops: &[Op], bookmark: Option<&str>) -> Sent {
         let (mut content, mut joined, mut event) = (self.content.clone(), self.joined.clone(), self.event_open);
         let first = self.position;
         let number = self.sent.last().map_or(BatchNo(1), |sent| sent.number.next());
@@ -256,13 +262,13 @@ impl Source {
     }
 
     /// Begins a new incarnation, behind the target's tail.
-    pub(super) fn start_over(&mut self, incarnation: Incarnation) {
+    pub(crate) fn start_over(&mut self, incarnation: Incarnation) {
         self.incarnation = incarnation;
         self.position = 1;
     }
 
     /// Connects: greets and reads the answer.
-    pub(super) fn connect<S: Storage>(&mut self, world: &mut Clocked<'_, S>) {
+    pub(crate) fn connect<S: Storage>(&mut self, world: &mut Clocked<'_, S>) {
         self.link += 1;
         (self.welcome, self.refused, self.closed, self.paused) = (None, None, None, None);
         let peer = Peer { role: farshore_proto::Role::Agent, name: self.host.clone() };
@@ -276,7 +282,7 @@ impl Source {
     }
 
     /// Carries messages both ways until nothing moves.
-    pub(super) fn talk<S: Storage>(&mut self, world: &mut Clocked<'_, S>) {
+    pub(crate) fn talk<S: Storage>(&mut self, world: &mut Clocked<'_, S>) {
         loop {
             let mut moved = false;
             while let Some(bytes) = self.session.poll_control() {
@@ -306,7 +312,7 @@ impl Source {
     }
 
     /// Takes what the session says.
-    pub(super) fn take_events(&mut self) {
+    pub(crate) fn take_events(&mut self) {
         while let Some(event) = self.session.poll_event() {
             match event {
                 SourceEvent::Live(welcome) => self.welcome = Some(welcome),
@@ -327,13 +333,13 @@ impl Source {
     }
 
     /// Sends bytes as a batch.
-    pub(super) fn send<S: Storage>(&mut self, world: &mut Clocked<'_, S>, bytes: &[u8]) {
+    pub(crate) fn send<S: Storage>(&mut self, world: &mut Clocked<'_, S>, bytes: &[u8]) {
         world.target.handle_batch(self.link, Box::new(OwnedBatch::new(bytes)));
         self.talk(world);
     }
 
     /// Sends several batches before the target looks.
-    pub(super) fn send_together<S: Storage>(&mut self, world: &mut Clocked<'_, S>, batches: &[&[u8]]) {
+    pub(crate) fn send_together<S: Storage>(&mut self, world: &mut Clocked<'_, S>, batches: &[&[u8]]) {
         for bytes in batches {
             world.target.handle_batch(self.link, Box::new(OwnedBatch::new(bytes)));
         }
@@ -341,7 +347,7 @@ impl Source {
     }
 
     /// Makes and sends a batch of random writes.
-    pub(super) fn step<S: Storage>(&mut self, world: &mut Clocked<'_, S>, rng: &mut SimRng, count: usize) -> Sent {
+    pub(crate) fn step<S: Storage>(&mut self, world: &mut Clocked<'_, S>, rng: &mut SimRng, count: usize) -> Sent {
         let ops = self.random_ops(rng, count);
         let sent = self.batch(&ops, None);
         self.send(world, &sent.bytes);
@@ -349,7 +355,7 @@ impl Source {
     }
 
     /// Makes and sends a batch in which all volumes join.
-    pub(super) fn join_all<S: Storage>(&mut self, world: &mut Clocked<'_, S>) -> Sent {
+    pub(crate) fn join_all<S: Storage>(&mut self, world: &mut Clocked<'_, S>) -> Sent {
         let marks: Vec<Op> = self.volumes.iter().map(|decl| Op::Mark(Kind::VolumeJoined, decl.index.0)).collect();
         let sent = self.batch(&marks, None);
         self.send(world, &sent.bytes);
@@ -358,18 +364,18 @@ impl Source {
 }
 
 /// A target and the time.
-pub(super) struct Clocked<'a, S: Storage> {
-    pub(super) target: &'a Target<S>,
-    pub(super) now: Now,
-    pub(super) wall: WallTime,
+pub(crate) struct Clocked<'a, S: Storage> {
+    pub(crate) target: &'a Target<S>,
+    pub(crate) now: Now,
+    pub(crate) wall: WallTime,
 }
 
 impl<'a, S: Storage> Clocked<'a, S> {
-    pub(super) fn new(target: &'a Target<S>) -> Self {
+    pub(crate) fn new(target: &'a Target<S>) -> Self {
         Self { target, now: Now(1), wall: WallTime(1_000_000) }
     }
 
-    pub(super) fn pass(&mut self, time: std::time::Duration) {
+    pub(crate) fn pass(&mut self, time: std::time::Duration) {
         self.now = self.now.plus(time);
         self.wall = WallTime(self.wall.0 + u64::try_from(time.as_nanos()).expect("short"));
     }

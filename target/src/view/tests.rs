@@ -83,7 +83,8 @@ fn open(storage: &SimStorage, still: &Arc<Still>, of: ViewOf, options: ViewOptio
     View::open(history, storage, Path::new("s/views/a/v1"), of, options)
 }
 
-const INLINE: ViewOptions = ViewOptions { read_only: false, workers: 0, cache_bytes: 4 << 16 };
+const SPACE: Space = Space { limit: None, reserve: RESERVE_BYTES };
+const INLINE: ViewOptions = ViewOptions { read_only: false, workers: 0, cache_bytes: 4 << 16, space: SPACE };
 
 /// Runs one request through a queue.
 fn ask(
@@ -300,7 +301,7 @@ fn extents_follow_the_point_and_the_scratch() {
     // The map's sectors are 15.75 MiB of blocks: a write far behind untouched ones is found.
     let far = ViewOf { size: 1 << 40, ..of(1, 4096) };
     let scratch_of = ScratchOf { point: far.point, volume: VOLUME, size: far.size, block: 4096 };
-    let scratch = Scratch::open_or_create(&storage, Path::new("far"), scratch_of).expect("no faults");
+    let scratch = Scratch::open_or_create(&storage, Path::new("far"), scratch_of, SPACE).expect("no faults");
     let piece = |offset, len, present| crate::scratch::Piece { offset, len, present };
     assert_eq!(scratch.pieces(0, 1 << 40).expect("no damage"), [piece(0, 1 << 40, false)]);
     scratch.write(1 << 39, &[1; 4096]).expect("no faults");
@@ -308,7 +309,7 @@ fn extents_follow_the_point_and_the_scratch() {
         [piece(0, 1 << 39, false), piece(1 << 39, 4096, true), piece((1 << 39) + 4096, (1 << 39) - 4096, false)];
     assert_eq!(scratch.pieces(0, 1 << 40).expect("no damage"), split);
     scratch.flush().expect("no faults");
-    let scratch = Scratch::open_or_create(&storage, Path::new("far"), scratch_of).expect("no faults");
+    let scratch = Scratch::open_or_create(&storage, Path::new("far"), scratch_of, SPACE).expect("no faults");
     assert_eq!(scratch.pieces(0, 1 << 40).expect("no damage"), split);
     let all: u64 = view.extents(0, SIZE).expect("no damage").iter().map(|extent| extent.len).sum();
     assert_eq!(all, SIZE);
@@ -379,4 +380,42 @@ fn a_failed_sync_stops_the_scratch() {
     assert_eq!(write(&mut queue, &mut io, 0, &[1; 512], false), Err(Errno(5)));
     assert_eq!(read(&mut queue, &mut io, 512, 512).expect("reads go on"), [1; 512]);
     assert!(!is_crash(&io::Error::from_raw_os_error(5)));
+}
+
+/// Goal: a view that is full, by its limit or because the disk's reserve would be touched, gets `ENOSPC` and keeps what it has;
+/// the reserve stays free for ingest; with room again it goes on.
+#[test]
+fn a_full_view_leaves_the_reserve_alone() {
+    const ENOSPC: Errno = Errno(28);
+    let mut world = World::new(7);
+    let storage = world.storage();
+    let still = still(&storage, false);
+    let mut io = world.io(&[]);
+    let limited = Space { limit: Some(3 * SLOT_BYTES), reserve: 0 };
+    let view = open(&storage, &still, of(1, 4096), ViewOptions { space: limited, ..INLINE }).expect("no faults");
+    let mut queue = view.open_queue(&mut io).expect("no registration");
+    let slot = [0xaa; 65536];
+    for at in 0..3 {
+        write(&mut queue, &mut io, at * SLOT_BYTES, &slot, false).expect("below the limit");
+    }
+    assert_eq!(write(&mut queue, &mut io, 3 * SLOT_BYTES, &slot[..4096], false), Err(ENOSPC));
+    ask(&mut queue, &mut io, |_| Request::Discard { offset: 0, len: SLOT_BYTES }).expect("gives room back");
+    write(&mut queue, &mut io, 3 * SLOT_BYTES, &slot[..4096], true).expect("room again");
+    drop((queue, view));
+
+    let reserve = 1 << 20;
+    storage.set_capacity(1 << 40);
+    let used = (1 << 40) - storage.free_bytes().expect("no faults");
+    storage.set_capacity(used + reserve + 5 * SLOT_BYTES);
+    let space = Space { limit: None, reserve };
+    let view = open(&storage, &still, of(1, 4096), ViewOptions { space, ..INLINE }).expect("no faults");
+    let mut queue = view.open_queue(&mut io).expect("no registration");
+    let taken = (4..40).take_while(|at| write(&mut queue, &mut io, at * SLOT_BYTES, &slot, false).is_ok()).count();
+    assert!((4..=5).contains(&taken), "{taken}");
+    ask(&mut queue, &mut io, |_| Request::Flush).expect("what was taken can be made durable");
+    let free = storage.free_bytes().expect("no faults");
+    assert!(free >= reserve - 8192, "the map takes a little: {free}");
+    assert_eq!(read(&mut queue, &mut io, 4 * SLOT_BYTES, 65536).expect("there"), slot);
+    storage.set_capacity(used + reserve + 50 * SLOT_BYTES);
+    write(&mut queue, &mut io, 30 * SLOT_BYTES, &slot, true).expect("room again");
 }

@@ -214,7 +214,9 @@ fn source_message_seeds() -> Vec<Vec<u8>> {
         nonce: [8; 32],
         volumes: vec![volume()],
     };
-    let messages = [SourceMessage::Hello(hello), SourceMessage::Volumes(vec![volume()]), SourceMessage::Ping(7)];
+    let keyed = SourceMessage::KeyedHello { epoch: KeyEpoch(3), hello: hello.clone() };
+    let messages =
+        [SourceMessage::Hello(hello), keyed, SourceMessage::Volumes(vec![volume()]), SourceMessage::Ping(7)];
     messages.iter().map(|m| m.encode().expect("a short message")).collect()
 }
 
