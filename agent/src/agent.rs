@@ -16,8 +16,11 @@ use serde_json::{Value, json};
 use crate::alarms::{Alarm, Alarms, code};
 use crate::api::ProtectRequest;
 use crate::config::AgentConfig;
+use crate::devices::Devices;
+use crate::gate::{self, Gate};
 use crate::group::{Context, Group};
-use crate::state::{GroupState, StateDir, VolumeState};
+use crate::source::{open_source, parse_frontend};
+use crate::state::{StateDir, VolumeState};
 use crate::{Error, Result, clock};
 
 /// An identity that expires within this time raises an alarm.
@@ -25,12 +28,19 @@ const EXPIRY_WARNING: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Most groups: each has a ring, a link and four threads (I11).
 const GROUPS_MAX: usize = 64;
 
+/// How long a stop waits until everything written to any group is durable at the target. What is not by then is kept as marks.
+const DRAIN: Duration = Duration::from_secs(10);
+/// How long a stop waits for requests under way. None takes longer than opening a source does, but with a disk that hangs.
+const REQUESTS: Duration = Duration::from_secs(5);
+
 /// A running agent.
 pub struct Agent {
     context: Context,
     groups: RwLock<BTreeMap<Name, Arc<Group>>>,
     /// Held while volumes or groups come and go.
     changes: Mutex<()>,
+    /// Every request is inside: a stop waits until nobody has a group any more.
+    requests: Gate,
 }
 
 impl Agent {
@@ -56,11 +66,12 @@ impl Agent {
             alarms.raise(code::EXPIRES, "", format!("the certificate expires on {}", show_time(identity.not_after)));
         }
         let context = Context { config: Arc::new(config), identity: Arc::new(identity), store, alarms };
-        let agent = Self { context, groups: RwLock::default(), changes: Mutex::default() };
+        let agent = Self { context, groups: RwLock::default(), changes: Mutex::default(), requests: Gate::default() };
         for name in agent.context.store.groups()? {
             let started = match agent.context.store.read_group(&name) {
-                Ok(Some(state)) => agent.start_group(name.clone(), state).map(drop),
-                Ok(None) => Ok(()),
+                Ok(Some(state)) if state.is_live() => Group::start(&agent.context, name.clone(), state)
+                    .map(|group| _ = agent.add_group(name.clone(), group)),
+                Ok(_) => Ok(()),
                 Err(error) => Err(error),
             };
             match started {
@@ -81,10 +92,11 @@ impl Agent {
         self.changes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn start_group(&self, name: Name, state: GroupState) -> Result<Arc<Group>> {
-        let group = Arc::new(Group::start(&self.context, name.clone(), state)?);
+    fn add_group(&self, name: Name, group: Group) -> Arc<Group> {
+        let group = Arc::new(group);
+        self.context.alarms.clear(code::UNAVAILABLE, name.as_str());
         self.groups.write().unwrap_or_else(PoisonError::into_inner).insert(name, Arc::clone(&group));
-        Ok(group)
+        group
     }
 
     fn groups(&self) -> Vec<Arc<Group>> {
@@ -130,61 +142,71 @@ impl Agent {
     /// # Errors
     /// Bad names, a source that cannot be opened or is in use, a name or source that is protected already.
     pub fn protect(&self, request: &ProtectRequest) -> Result<Value> {
+        let _inside = self.requests.enter()?;
         let _changes = self.changes();
         let group_name = Name::new(request.group.clone())?;
         let name = match &request.name {
             Some(name) => Name::new(name.clone())?,
             None => default_name(&request.source)?,
         };
-        self.refuse_own_files(&request.source)?;
-        for group in self.groups() {
-            if let Some(volume) = group.volumes().iter().find(|volume| volume.source == request.source) {
-                return Err(Error::Refused {
-                    what: format!("source {}", request.source.display()),
-                    reason: format!("is protected already as {}/{}", group.shared.name, volume.name),
-                    hint: "`farshore volumes` shows its device".into(),
-                });
-            }
-        }
+        let config = &self.context.config;
+        let own: [&Path; 3] = [&config.state, &config.ring_dir, &config.identity];
+        Devices::system().refuse_holding(&request.source, &own)?;
+        self.refuse_known(&request.source, |volume| volume.source == request.source)?;
+        let frontend = request.frontend.clone().unwrap_or_else(|| default_frontend(&config.state, &group_name, &name));
+        // Before a group is made for it.
+        parse_frontend(&frontend)?;
+        let backing = open_source(&request.source, config)?;
+        self.refuse_known(&request.source, |volume| volume.identity == backing.id.as_str())?;
         let known = self.groups.read().unwrap_or_else(PoisonError::into_inner).get(&group_name).cloned();
-        let group = match known {
-            Some(group) => group,
-            None if self.groups().len() >= GROUPS_MAX => {
-                return Err(Error::Refused {
-                    what: format!("group {group_name}"),
-                    reason: format!("there are {GROUPS_MAX} groups already"),
-                    hint: "protect the volume in one of them".into(),
-                });
-            }
-            None => {
-                let state = self.context.store.read_group(&group_name)?.unwrap_or_default();
-                self.start_group(group_name.clone(), state)?
-            }
+        let protect = |group: &Group| group.protect(&request.source, backing, name, frontend);
+        let (group, volume) = match known {
+            Some(group) => protect(&group).map(|volume| (group, volume))?,
+            None => self.with_new_group(group_name, protect)?,
         };
-        let frontend = request.frontend.clone().unwrap_or_else(|| {
-            let socket = self.context.config.state.join(format!("{group_name}-{name}.sock"));
-            format!("nbd+unix:{}", socket.display())
-        });
-        let volume = group.protect(&request.source, name, frontend)?;
         Ok(volume_document(&group, &volume))
     }
 
-    /// A volume that holds the agent's own files would wait for itself.
-    fn refuse_own_files(&self, source: &Path) -> Result<()> {
-        use std::os::unix::fs::MetadataExt;
-        let config = &self.context.config;
-        let Ok(device) = std::fs::metadata(source) else { return Ok(()) };
-        for own in [&config.state, &config.ring_dir, &config.identity] {
-            let Ok(folder) = std::fs::metadata(own) else { continue };
-            if device.rdev() != 0 && folder.dev() == device.rdev() {
+    /// Refuses a source that is protected already, whether or not it is there.
+    fn refuse_known(&self, source: &Path, same: impl Fn(&VolumeState) -> bool) -> Result<()> {
+        for group in self.groups() {
+            if let Some(volume) = group.volumes().iter().find(|volume| same(volume)) {
                 return Err(Error::Refused {
                     what: format!("source {}", source.display()),
-                    reason: format!("holds the agent's own {}", own.display()),
-                    hint: "keep state, rings and identity on another device".into(),
+                    reason: format!("is protected already as {}/{}", group.shared.name, volume.name),
+                    hint: "`farshore volumes` shows its device; `farshore unprotect` ends that".into(),
                 });
             }
         }
         Ok(())
+    }
+
+    /// Starts a group for its first volume. Without it, there is no group.
+    fn with_new_group<T>(&self, name: Name, protect: impl FnOnce(&Group) -> Result<T>) -> Result<(Arc<Group>, T)> {
+        if self.groups().len() >= GROUPS_MAX {
+            return Err(Error::Refused {
+                what: format!("group {name}"),
+                reason: format!("there are {GROUPS_MAX} groups already"),
+                hint: "protect the volume in one of them".into(),
+            });
+        }
+        let state = self.context.store.read_group(&name)?.unwrap_or_default();
+        let group = Group::start(&self.context, name.clone(), state)?;
+        match protect(&group) {
+            Err(error) if group.volumes().is_empty() => {
+                // There is nothing to drain. The state stays, with the incarnation that was used.
+                if let Err(error) = group.stop(clock::now()) {
+                    let error = crate::error::chain(&error);
+                    tracing::error!(group = %name, error, "an empty group did not stop in order");
+                }
+                self.context.alarms.forget(name.as_str());
+                Err(error)
+            }
+            protected => {
+                let group = self.add_group(name, group);
+                protected.map(|volume| (group, volume))
+            }
+        }
     }
 
     /// Ends a volume's protection.
@@ -192,6 +214,7 @@ impl Agent {
     /// # Errors
     /// No such volume, or the front end cannot be stopped.
     pub fn unprotect(&self, text: &str) -> Result<Value> {
+        let _inside = self.requests.enter()?;
         let _changes = self.changes();
         let (group, volume) = self.volume(text)?;
         group.unprotect(VolumeIndex(volume.index))?;
@@ -203,6 +226,7 @@ impl Agent {
     /// # Errors
     /// No such volume.
     pub fn resync(&self, text: &str) -> Result<Value> {
+        let _inside = self.requests.enter()?;
         let (group, volume) = self.volume(text)?;
         let capture = &group.shared.capture;
         capture.resync(VolumeIndex(volume.index)).map_err(|error| Error::failed("resync", error))?;
@@ -210,14 +234,17 @@ impl Agent {
     }
 
     /// All protected volumes.
-    #[must_use]
-    pub fn volumes(&self) -> Value {
+    ///
+    /// # Errors
+    /// The agent is stopping.
+    pub fn volumes(&self) -> Result<Value> {
+        let _inside = self.requests.enter()?;
         let documents: Vec<Value> = self
             .groups()
             .iter()
             .flat_map(|group| group.volumes().iter().map(|volume| volume_document(group, volume)).collect::<Vec<_>>())
             .collect();
-        json!(documents)
+        Ok(json!(documents))
     }
 
     /// All open alarms.
@@ -231,6 +258,7 @@ impl Agent {
     /// # Errors
     /// No such group.
     pub fn status(&self, group: Option<&str>) -> Result<Value> {
+        let _inside = self.requests.enter()?;
         let groups = match group {
             Some(name) => vec![self.group(name)?],
             None => self.groups(),
@@ -255,7 +283,7 @@ impl Agent {
             "newest_point": group.shared.points.newest().map(|point| point_document(&point)),
             "ring_used_bytes": capture.ring().used_bytes(),
             "ring_size_bytes": capture.ring().size_bytes(),
-            "ring_closed_count": group.ring_closed_count(),
+            "ring_closed_count": group.shared.ring_closed_count(),
             "log_used_bytes": 0,
             "written_bytes": counters.written_bytes,
             "shipped_bytes": stream.shipped_bytes,
@@ -280,11 +308,15 @@ impl Agent {
     /// # Errors
     /// No such group; the time is over (with what stands in the way).
     pub fn point(&self, group: &str, name: Option<&str>, limit: Option<Duration>) -> Result<Value> {
+        let _inside = self.requests.enter()?;
         let group = self.group(group)?;
         let name = name.map(Name::new).transpose()?;
         let begin = clock::now();
         let left = || limit.map(|limit| limit.saturating_sub(clock::now().since(begin)));
-        let late = || Error::failed(format!("group {}", group.shared.name), why_no_point(&group));
+        let late = || match group.shared.points.is_closed() {
+            true => gate::stopping(),
+            false => Error::failed(format!("group {}", group.shared.name), why_no_point(&group)),
+        };
         loop {
             // Points can only be made while nothing is missing.
             group.shared.points.wait(left(), |_| is_whole(&group).then_some(())).ok_or_else(late)?;
@@ -318,18 +350,62 @@ impl Agent {
         }
     }
 
-    /// Stops all groups in order.
+    /// Lets no more requests in; those that wait for a point end with an error. The first step of a stop.
+    pub fn refuse_requests(&self) {
+        self.requests.close();
+        self.groups().iter().for_each(|group| group.shared.points.close());
+    }
+
+    /// Stops all groups in order, and at the same time, after [`Self::refuse_requests`].
     ///
     /// # Errors
     /// The first error; the other groups are stopped all the same.
     pub fn stop(&self) -> Result<()> {
-        let _changes = self.changes();
+        self.stop_within(DRAIN)
+    }
+
+    pub(crate) fn stop_within(&self, drain: Duration) -> Result<()> {
+        self.refuse_requests();
+        let inside = self.requests.wait_empty(REQUESTS);
+        if inside > 0 {
+            tracing::warn!(inside, "requests do not end; the groups that they hold keep their rings");
+        }
         let groups = std::mem::take(&mut *self.groups.write().unwrap_or_else(PoisonError::into_inner));
+        let deadline = clock::now().plus(drain);
+        all_at_once(groups, |name, group| match Arc::try_unwrap(group) {
+            Ok(group) => group.stop(deadline),
+            Err(_) => Err(Error::failed(format!("group {name}"), "is in use by a request still; its ring is kept")),
+        })
+    }
+}
+
+#[cfg(test)]
+impl Agent {
+    pub(crate) fn requests_inside(&self) -> usize {
+        self.requests.wait_empty(Duration::ZERO)
+    }
+}
+
+/// Stops each of `groups` on a thread of its own: one that waits for its link takes no time from the others.
+///
+/// # Errors
+/// The first error, in the order of names.
+fn all_at_once<T: Send>(groups: BTreeMap<Name, T>, stop: impl Fn(&Name, T) -> Result<()> + Sync) -> Result<()> {
+    let stop = &stop;
+    std::thread::scope(|scope| {
+        let spawn = |(name, group): (Name, T)| {
+            let thread = std::thread::Builder::new().name(format!("stop-{name}"));
+            let of = name.clone();
+            (name, thread.spawn_scoped(scope, move || stop(&of, group)))
+        };
+        let threads: Vec<_> = groups.into_iter().map(spawn).collect();
         let mut result = Ok(());
-        for (name, group) in groups {
-            let stopped = match Arc::try_unwrap(group) {
-                Ok(group) => group.stop(),
-                Err(_) => Err(Error::failed(format!("group {name}"), "is in use by a request still; its ring is kept")),
+        for (name, thread) in threads {
+            let failed = |reason: String| Err(Error::failed(format!("stop of group {name}"), reason));
+            let stopped = match thread.map(|thread| thread.join()) {
+                Ok(Ok(stopped)) => stopped,
+                Ok(Err(_)) => failed("panicked".into()),
+                Err(error) => failed(error.to_string()),
             };
             if let Err(error) = stopped {
                 tracing::error!(group = %name, error = crate::error::chain(&error), "group did not stop in order");
@@ -337,12 +413,17 @@ impl Agent {
             }
         }
         result
-    }
+    })
 }
 
 fn default_name(source: &Path) -> Result<Name> {
     let stem = source.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
     Ok(Name::new(stem.replace(|c: char| !c.is_ascii_alphanumeric() && !matches!(c, '.' | '_' | '-'), "-"))?)
+}
+
+/// A socket in the state directory. Names hold no `~` (and URIs may), so no two volumes share one.
+fn default_frontend(state: &Path, group: &Name, volume: &Name) -> String {
+    format!("nbd+unix:{}", state.join(format!("{group}~{volume}.sock")).display())
 }
 
 /// Nothing is missing, and points include every volume.
@@ -435,4 +516,23 @@ fn volume_document(group: &Group, volume: &VolumeState) -> Value {
         "tier": tier_of(group),
         "in_points": joined,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use super::*;
+
+    /// Goal: groups stop at the same time, and the first error is told. Method: each waits for the others.
+    #[test]
+    fn groups_stop_at_once() {
+        let barrier = Barrier::new(3);
+        let groups = ["a", "b", "c"].map(|name| (Name::new(name).expect("a good name"), name == "a"));
+        let stopped = all_at_once(BTreeMap::from(groups), |name, good| {
+            barrier.wait();
+            if good { Ok(()) } else { Err(Error::failed(format!("group {name}"), "does not stop")) }
+        });
+        assert_eq!(stopped.expect_err("two fail").to_string(), "group b: does not stop");
+    }
 }

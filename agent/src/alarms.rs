@@ -15,6 +15,8 @@ pub(crate) mod code {
     pub(crate) const RING_CLOSED: &str = "ring.closed";
     /// Source and replica may differ somewhere; resync runs.
     pub(crate) const RESYNC: &str = "group.resync";
+    /// Sync died, or cannot read a volume.
+    pub(crate) const SYNC: &str = "sync.failed";
     /// The backing device failed a write.
     pub(crate) const WRITE_FAILED: &str = "volume.write-failed";
     /// The backing device cannot be read somewhere.

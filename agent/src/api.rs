@@ -98,7 +98,7 @@ impl IntoResponse for Error {
 pub fn router(agent: Arc<Agent>) -> Router {
     Router::new()
         .route("/v1/status", get(status))
-        .route("/v1/volumes", get(|State(agent): State<Arc<Agent>>| async move { Json(agent.volumes()) }))
+        .route("/v1/volumes", get(|State(agent): State<Arc<Agent>>| async move { agent.volumes().map(Json) }))
         .route("/v1/alarms", get(|State(agent): State<Arc<Agent>>| async move { Json(agent.alarms()) }))
         .route("/v1/protect", post(protect))
         .route("/v1/unprotect", post(unprotect))
@@ -145,9 +145,12 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
 /// When the socket cannot be made, or another agent answers on it.
 pub async fn serve(agent: Arc<Agent>, socket: &Path, stop: oneshot::Receiver<()>) -> Result<()> {
     let listener = listen(socket).await?;
-    let served = axum::serve(listener, router(agent)).with_graceful_shutdown(async {
+    let stopping = Arc::clone(&agent);
+    let served = axum::serve(listener, router(agent)).with_graceful_shutdown(async move {
         // A dropped sender means stop as well.
         let _ = stop.await;
+        // Else the end would wait for whoever waits for a point.
+        stopping.refuse_requests();
     });
     let result = served.await.map_err(|error| Error::io("serve", socket, error));
     // The name is ours; a socket left behind is replaced at the next start anyway.

@@ -1,145 +1,31 @@
 //! One group: its ring, capture, sync, stream, and the front ends of its volumes.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use farshore_blkfilter::sync::SyncConfig;
-use farshore_blkfilter::{Alarm, BackingFile, Buf, CaptureConfig, CaptureGroup, Content, FilterVolume, VolumeSpec};
+use farshore_blkfilter::{CaptureConfig, CaptureGroup, Content, FilterVolume};
 use farshore_link::identity::Identity;
 use farshore_link::quic::SourceLinkConfig;
-use farshore_nbd::{Listen, Server, ServerConfig, ServerHandle};
+use farshore_nbd::{Server, ServerConfig, ServerHandle};
 use farshore_proto::batch::VolumeDecl;
 use farshore_proto::session::SourceConfig;
-use farshore_proto::{BatchNo, ChainHash, Generation, GroupId, HostId, Incarnation, Name, SLOT_BYTES, VolumeIndex};
+use farshore_proto::{BatchNo, ChainHash, Generation, GroupId, HostId, Incarnation, Name, Now, VolumeIndex};
 use farshore_streamer::{
     CaptureRing, Granularity, RingSource, StreamerConfig, StreamerHandle, StreamerStatus, VolumeSet,
 };
-use farshore_uring::{
-    Backing, BackingOptions, DirStorage, Direct, Errno, Extent, FileDevice, FileSlot, Geometry, Io, open_backing,
-};
+use farshore_uring::{Backing, DirStorage, FileDevice};
 
 use crate::alarms::{Alarms, code};
 use crate::attach::{Attached, RingOwner};
 use crate::config::{AgentConfig, CompressionPolicy, GroupPolicy};
 use crate::hooks::Hooks;
-use crate::points::PointBoard;
+use crate::shared::{Shared, sync_alarms};
+use crate::source::{SourceFile, open_volume, parse_frontend};
 use crate::state::{GroupState, StateDir, VolumeState};
-use crate::sync_thread::{SyncOrder, SyncThread};
-use crate::{Error, Result};
-
-/// How long a stop waits until everything written is durable at the target. What is not by then is kept as marks.
-const DRAIN: Duration = Duration::from_secs(10);
-
-/// What a group's threads share.
-pub(crate) struct Shared {
-    pub name: Name,
-    pub capture: Arc<CaptureGroup>,
-    pub sync: SyncThread,
-    pub alarms: Arc<Alarms>,
-    pub points: PointBoard,
-    store: StateDir<DirStorage>,
-    state: Mutex<GroupState>,
-    bookmarks: Mutex<VecDeque<Name>>,
-    ring_closed: AtomicU64,
-}
-
-impl Shared {
-    fn state(&self) -> MutexGuard<'_, GroupState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn compares_everything(&self) -> bool {
-        self.state().compare_everything
-    }
-
-    /// Changes the group's state, durably. `false`: it could not be written, and is as before.
-    pub(crate) fn update_state(&self, change: impl FnOnce(&mut GroupState)) -> bool {
-        let mut state = self.state();
-        let mut new = state.clone();
-        change(&mut new);
-        if new == *state {
-            return true;
-        }
-        match self.store.write_group(&self.name, &new) {
-            Ok(()) => {
-                *state = new;
-                self.alarms.clear(code::STATE, self.name.as_str());
-                true
-            }
-            Err(error) => {
-                self.alarms.raise(code::STATE, self.name.as_str(), crate::error::chain(&error));
-                false
-            }
-        }
-    }
-
-    pub(crate) fn take_bookmarks(&self) -> VecDeque<Name> {
-        std::mem::take(&mut *self.bookmarks.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// A named cut is wanted; asked for twice before it is made, it is made once.
-    pub(crate) fn order_bookmark(&self, name: Name) {
-        let mut bookmarks = self.bookmarks.lock().unwrap_or_else(PoisonError::into_inner);
-        if !bookmarks.contains(&name) {
-            bookmarks.push_back(name);
-        }
-    }
-
-    /// Every volume of the state is captured, if only as absent.
-    pub(crate) fn captures_all(&self) -> bool {
-        self.state().volumes.iter().all(|volume| self.capture.volume(VolumeIndex(volume.index)).is_some())
-    }
-
-    fn volume_subject(&self, index: VolumeIndex) -> String {
-        let name = self.capture.volume(index).map_or_else(|| index.to_string(), |volume| volume.name().to_string());
-        format!("{}/{name}", self.name)
-    }
-
-    /// Passes on what the filter has to say.
-    pub(crate) fn take_alarms(&self) {
-        let group = self.name.as_str();
-        while let Some(event) = self.capture.poll_alarm() {
-            let set = |code, text: &str| match event.raised {
-                true => self.alarms.raise(code, group, text),
-                false => self.alarms.clear(code, group),
-            };
-            match event.alarm {
-                Alarm::RingClosed => {
-                    if event.raised {
-                        self.ring_closed.fetch_add(1, Ordering::Relaxed);
-                    }
-                    set(
-                        code::RING_CLOSED,
-                        "the ring is full: writes are marked and will be sent by a resync; no new points until then",
-                    );
-                }
-                Alarm::EventOpen => {
-                    set(code::RESYNC, "source and replica may differ; no new points until the resync ends")
-                }
-                Alarm::WriteFailed { volume, offset, len, errno } => self.alarms.raise(
-                    code::WRITE_FAILED,
-                    &self.volume_subject(volume),
-                    format!("the device failed a write of {len} bytes at {offset} (errno {errno}); the guest was told"),
-                ),
-                Alarm::Unreadable { volume, offset, len } => self.alarms.raise(
-                    code::UNREADABLE,
-                    &self.volume_subject(volume),
-                    format!("{len} bytes at {offset} cannot be read; points lack them"),
-                ),
-                Alarm::QueueDropped { volume, requests } => self.alarms.raise(
-                    code::DROPPED,
-                    &self.volume_subject(volume),
-                    format!("{requests} requests were dropped in flight; their ranges are compared"),
-                ),
-            }
-            self.points.poke();
-        }
-    }
-}
+use crate::sync_thread::{Restarts, SyncThread};
+use crate::{Error, Result, clock};
 
 /// One served volume.
 struct Served {
@@ -150,7 +36,6 @@ struct Served {
 /// A running group.
 pub(crate) struct Group {
     pub shared: Arc<Shared>,
-    config: Arc<AgentConfig>,
     ring_file: PathBuf,
     policy: GroupPolicy,
     streamer: StreamerHandle,
@@ -197,19 +82,11 @@ impl Group {
         let ring = Arc::clone(&attached.ring);
         let capture = CaptureGroup::new(Arc::clone(&ring), capture_config(&policy));
         let sync_config = SyncConfig { rate: policy.sync_rate, ..SyncConfig::default() };
-        let sync = SyncThread::start(Arc::clone(&capture), sync_config, host_key.dedup_key(group_id))?;
-        let shared = Arc::new(Shared {
-            name: name.clone(),
-            capture,
-            sync,
-            alarms: Arc::clone(alarms),
-            points: PointBoard::default(),
-            store: store.clone(),
-            state: Mutex::new(state.clone()),
-            bookmarks: Mutex::default(),
-            ring_closed: AtomicU64::new(0),
-        });
-        let volumes: Vec<(VolumeState, Result<FilterFile>)> =
+        let report = sync_alarms(name.clone(), Arc::clone(&capture), Arc::clone(alarms));
+        let key = host_key.dedup_key(group_id);
+        let sync = SyncThread::start(Arc::clone(&capture), sync_config, key, Restarts::default(), report)?;
+        let shared = Shared::new(name.clone(), capture, sync, Arc::clone(alarms), store.clone(), state.clone());
+        let volumes: Vec<(VolumeState, Result<SourceFile>)> =
             state.volumes.iter().map(|volume| (volume.clone(), open_volume(volume, config))).collect();
         let mut filters = Vec::new();
         for (volume, opened) in volumes {
@@ -255,14 +132,8 @@ impl Group {
             Box::new(Hooks::new(Arc::clone(&hooked), in_stream.at_target, !resumed))
         })
         .map_err(|error| Error::failed(format!("group {name}"), crate::error::chain(&error)))?;
-        let group = Self {
-            shared,
-            config: Arc::clone(config),
-            ring_file: owner.file(&config.ring_dir),
-            policy,
-            streamer,
-            served: Mutex::default(),
-        };
+        let group =
+            Self { shared, ring_file: owner.file(&config.ring_dir), policy, streamer, served: Mutex::default() };
         for (volume, filter) in filters {
             if let Err(error) = group.serve(&volume, filter) {
                 group.shared.volume_failed(&volume, &error);
@@ -284,10 +155,8 @@ impl Group {
         Ok(())
     }
 
-    /// Protects one more volume.
-    pub(crate) fn protect(&self, source: &Path, name: Name, frontend: String) -> Result<VolumeState> {
-        parse_frontend(&frontend)?;
-        let backing = open_source(source, &self.config)?;
+    /// Protects one more volume, whose source was opened.
+    pub(crate) fn protect(&self, source: &Path, backing: Backing, name: Name, frontend: String) -> Result<VolumeState> {
         let state = self.shared.state().clone();
         if state.volumes.iter().any(|volume| volume.name == name.as_str()) {
             return Err(Error::Refused {
@@ -338,7 +207,7 @@ impl Group {
         self.streamer.set_volumes(declarations(&self.shared.state()));
         let served = self
             .shared
-            .add(&volume, FilterFile(backing), Content::Unknown, false, false)
+            .add(&volume, SourceFile(backing), Content::Unknown, false, false)
             .and_then(|filter| self.serve(&volume, filter));
         served.inspect_err(|_| {
             // What cannot be served is not protected; the source is as it was.
@@ -398,19 +267,14 @@ impl Group {
         self.streamer.status()
     }
 
-    /// How often the ring ran full.
-    pub(crate) fn ring_closed_count(&self) -> u64 {
-        self.shared.ring_closed.load(Ordering::Relaxed)
-    }
-
     /// Source policies.
     pub(crate) fn policy(&self) -> &GroupPolicy {
         &self.policy
     }
 
-    /// Stops in order: no more requests, backing devices flushed, everything shipped if the link allows. What is not
-    /// durable at the target is kept as marks; then the ring is not needed any more.
-    pub(crate) fn stop(self) -> Result<()> {
+    /// Stops in order: no more requests, backing devices flushed, everything shipped if the link allows before `deadline`. What is
+    /// not durable at the target is kept as marks; then the ring is not needed any more.
+    pub(crate) fn stop(self, deadline: Now) -> Result<()> {
         let mut filters = Vec::new();
         for (_, served) in std::mem::take(&mut *self.served()) {
             served.server.stop().map_err(|error| Error::failed("front end", error))?;
@@ -421,7 +285,7 @@ impl Group {
             file.sync_data().map_err(|error| Error::failed("flush of a protected device", error))?;
         }
         self.shared.sync.stop();
-        let last = self.streamer.stop(DRAIN);
+        let last = self.streamer.stop(deadline.since(clock::now()));
         let shared = self.shared;
         mark_unshipped(&shared)?;
         for volume in shared.capture.volumes() {
@@ -450,161 +314,12 @@ impl Group {
             ));
         }
         drop(filters);
-        std::fs::remove_file(&self.ring_file).map_err(|error| Error::io("remove ring", &self.ring_file, error))
-    }
-}
-
-impl Shared {
-    /// Adds an opened volume to capture and sync. `clean`: the last stop was in order, so the saved marks are complete.
-    fn add(
-        &self,
-        volume: &VolumeState,
-        file: FilterFile,
-        content: Content,
-        joined: bool,
-        clean: bool,
-    ) -> Result<Arc<FilterVolume<FileDevice>>> {
-        let saved = match clean {
-            // Saved marks that cannot be read are none: everything is compared, and the guest has its volume.
-            true => self.store.read_bitmap(&self.name, volume.index).unwrap_or_else(|error| {
-                tracing::warn!(error = crate::error::chain(&error), "saved marks are lost: the volume is compared");
-                None
-            }),
-            false => None,
-        };
-        // A clean start without marks knows nothing of the volume.
-        let content = if clean && saved.is_none() { Content::Unknown } else { content };
-        let filter = self.capture_volume(volume, FileDevice::new(file.0), content, joined)?;
-        if let (Some(words), Some(captured)) = (saved, self.capture.volume(VolumeIndex(volume.index))) {
-            for (at, word) in words.iter().enumerate() {
-                for bit in (0..64).filter(|bit| word & (1 << bit) != 0) {
-                    let offset = (at as u64 * 64 + bit) * SLOT_BYTES;
-                    if offset < captured.size() {
-                        self.capture.mark_missing(&captured, offset, SLOT_BYTES.min(captured.size() - offset));
-                    }
-                }
-            }
-        }
-        self.sync.tell(SyncOrder::Add(Arc::clone(&filter)));
-        Ok(filter)
-    }
-
-    fn capture_volume<F: BackingFile>(
-        &self,
-        volume: &VolumeState,
-        file: F,
-        content: Content,
-        joined: bool,
-    ) -> Result<Arc<FilterVolume<F>>> {
-        let name = Name::new(volume.name.clone())?;
-        let mut id = [0; 16];
-        let text = format!("{} {} {}", self.name, volume.index, volume.identity);
-        id.copy_from_slice(&blake3::hash(text.as_bytes()).as_bytes()[..16]);
-        let spec = VolumeSpec { index: VolumeIndex(volume.index), name, id, content, joined };
-        self.capture.add_volume(spec, file).map_err(|error| {
-            Error::failed(format!("volume {}/{}", self.name, volume.name), crate::error::chain(&error))
-        })
-    }
-
-    /// Captures a volume that cannot be opened as one of which everything is missing. Sync never hears of it, so while it is absent
-    /// no point of the group claims to be whole (its own last writes may be only marks), "compare everything" stays, and a stop
-    /// saves that all of it must be compared.
-    fn add_absent(&self, volume: &VolumeState, joined: bool) {
-        if self.capture.volume(VolumeIndex(volume.index)).is_some() {
-            return;
-        }
-        if let Err(error) = self.capture_volume(volume, Absent::new(volume), Content::Unknown, joined) {
-            tracing::error!(error = crate::error::chain(&error), "an absent volume cannot be marked");
+        match std::fs::remove_file(&self.ring_file) {
+            // Somebody else did; it holds nothing that is not kept.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            removed => removed.map_err(|error| Error::io("remove ring", &self.ring_file, error)),
         }
     }
-
-    /// A volume that cannot be served may be changed by anybody: the next time everything is compared.
-    fn volume_failed(&self, volume: &VolumeState, error: &Error) {
-        let text = format!("is not served: {}", crate::error::chain(error));
-        self.alarms.raise(code::UNAVAILABLE, &format!("{}/{}", self.name, volume.name), text);
-        self.update_state(|state| state.compare_everything = true);
-    }
-}
-
-/// Stands for a source that cannot be opened. Nobody reads or writes it.
-struct Absent(Geometry);
-
-impl Absent {
-    fn new(volume: &VolumeState) -> Self {
-        Self(Geometry {
-            size: volume.size,
-            logical_block: volume.block,
-            optimal_block: volume.block,
-            max_request: volume.block,
-            max_discard: 0,
-            read_only: true,
-            discard: false,
-        })
-    }
-}
-
-impl BackingFile for Absent {
-    fn geometry(&self) -> Geometry {
-        self.0
-    }
-
-    fn register<I: Io<Buf>>(&self, _io: &mut I) -> std::io::Result<FileSlot> {
-        Err(std::io::ErrorKind::NotFound.into())
-    }
-
-    fn extents(&self, _offset: u64, _len: u64) -> std::result::Result<Vec<Extent>, Errno> {
-        Ok(Vec::new())
-    }
-}
-
-/// A source that passed all checks.
-struct FilterFile(Backing);
-
-fn open_source(source: &Path, config: &AgentConfig) -> Result<Backing> {
-    let direct = if config.direct { Direct::Auto } else { Direct::Off };
-    let opened = open_backing(source, BackingOptions { direct, read_only: false }).map_err(|error| {
-        let what = format!("source {}", source.display());
-        let kind = error.kind();
-        if kind == std::io::ErrorKind::NotFound {
-            Error::NotFound { what: "source", name: source.display().to_string(), hint: "" }
-        } else if matches!(kind, std::io::ErrorKind::ResourceBusy | std::io::ErrorKind::WouldBlock) {
-            Error::Refused {
-                what,
-                reason: format!("is in use: {}", crate::error::chain(&error)),
-                hint: "unmount it, or end whatever uses it; a volume is written through Farshore only".into(),
-            }
-        } else {
-            Error::Failed { what, reason: crate::error::chain(&error) }
-        }
-    });
-    opened.and_then(|backing| match backing.geometry.size {
-        0 => Err(Error::failed(format!("source {}", source.display()), "is empty")),
-        _ => Ok(backing),
-    })
-}
-
-fn open_volume(volume: &VolumeState, config: &AgentConfig) -> Result<FilterFile> {
-    let backing = open_source(&volume.source, config)?;
-    let refused = |reason: String| {
-        Err(Error::Refused {
-            what: format!("source {}", volume.source.display()),
-            reason,
-            hint: "bring the device back, or `farshore unprotect` the volume and protect the new one".into(),
-        })
-    };
-    if backing.geometry.size != volume.size {
-        return refused(format!("has {} bytes, it was protected with {}", backing.geometry.size, volume.size));
-    }
-    if backing.id.as_str() != volume.identity {
-        return refused(format!(
-            "is another device than the one protected ({} is not {})",
-            backing.id, volume.identity
-        ));
-    }
-    if backing.geometry.logical_block != volume.block {
-        return refused(format!("has blocks of {} bytes now, not {}", backing.geometry.logical_block, volume.block));
-    }
-    Ok(FilterFile(backing))
 }
 
 /// Volumes that points include, by what the stream says.
@@ -682,23 +397,4 @@ fn capture_config(policy: &GroupPolicy) -> CaptureConfig {
         stall_max: policy.stall_max,
         ..CaptureConfig::default()
     }
-}
-
-/// `nbd+unix:PATH` or `nbd+tcp:IP:PORT`.
-pub(crate) fn parse_frontend(text: &str) -> Result<Listen> {
-    let bad = |reason: &str| Err(Error::Setting { key: "frontend", reason: format!("{text:?} {reason}") });
-    if let Some(path) = text.strip_prefix("nbd+unix:") {
-        let path = PathBuf::from(path);
-        if !path.is_absolute() {
-            return bad("needs an absolute path");
-        }
-        return Ok(Listen::Unix { path, mode: 0o600 });
-    }
-    if let Some(address) = text.strip_prefix("nbd+tcp:") {
-        return match address.parse::<SocketAddr>() {
-            Ok(address) => Ok(Listen::Tcp(address)),
-            Err(_) => bad("needs IP:PORT"),
-        };
-    }
-    bad("is neither nbd+unix:PATH nor nbd+tcp:IP:PORT")
 }

@@ -10,7 +10,7 @@ use farshore_ring::Consumer;
 use farshore_streamer::{Capture, StreamEvent};
 
 use crate::alarms::code;
-use crate::group::Shared;
+use crate::shared::Shared;
 use crate::sync_thread::SyncOrder;
 
 /// The group's side of the streamer. Lives on the streamer's thread.
@@ -23,18 +23,18 @@ pub(crate) struct Hooks {
     joining: Vec<(VolumeIndex, u64)>,
     /// Volumes of which the target holds nothing, as its greeting says.
     empty: Vec<VolumeIndex>,
-    /// No cuts yet: the ring is new, and only the target's greeting tells whether it holds what this stream builds on.
+    /// No cuts yet: the ring is new, and only the target's greeting tells whether it holds what this stream builds on, and what it
+    /// takes for joined.
     hold_cuts: bool,
 }
 
 impl Hooks {
     pub(crate) fn new(shared: Arc<Shared>, known_joined: BTreeSet<VolumeIndex>, new_ring: bool) -> Self {
         let cutter = Cutter::new(Arc::clone(&shared.capture));
-        let hold_cuts = new_ring && !known_joined.is_empty();
-        Self { shared, cutter, known_joined, joining: Vec::new(), empty: Vec::new(), hold_cuts }
+        Self { shared, cutter, known_joined, joining: Vec::new(), empty: Vec::new(), hold_cuts: new_ring }
     }
 
-    /// Keeps in the state directory which volumes points include, once the target has it.
+    /// Notes which volumes the target must know as joined from now on.
     fn note_joined(&mut self, durable: Position) {
         let head = self.shared.capture.ring().head();
         let in_points = self.shared.capture.joined();
@@ -46,20 +46,13 @@ impl Hooks {
                 self.joining.push((volume, head));
             }
         }
-        let mut grown = false;
         self.joining.retain(|(volume, position)| {
             let done = *position <= durable.0;
-            grown |= done && self.known_joined.insert(*volume);
+            if done {
+                self.known_joined.insert(*volume);
+            }
             !done
         });
-        if grown {
-            let joined = self.known_joined.clone();
-            self.shared.update_state(|state| {
-                for volume in &mut state.volumes {
-                    volume.joined |= joined.contains(&VolumeIndex(volume.index));
-                }
-            });
-        }
     }
 
     /// Everything was compared and is in the stream: the next start need not do it again.
@@ -144,6 +137,8 @@ impl Capture for Hooks {
                         let _ = self.shared.capture.unjoin(volume);
                     }
                 }
+                // Those that left while nobody heard it, with a stop that could not drain or a ring that was lost.
+                welcome.joined.iter().for_each(|volume| self.shared.capture.say_left(*volume));
                 self.empty = welcome.empty;
                 self.shared.update_state(|state| state.generation = welcome.generation.0);
             }

@@ -11,12 +11,18 @@ pub mod api;
 mod attach;
 mod clock;
 pub mod config;
+mod devices;
 mod error;
+mod gate;
 mod group;
 mod hooks;
 mod points;
+mod shared;
+mod source;
 pub mod state;
 mod sync_thread;
+#[cfg(test)]
+mod tests;
 
 pub use agent::Agent;
 pub use alarms::Alarm;

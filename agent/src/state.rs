@@ -106,6 +106,14 @@ impl GroupState {
     }
 }
 
+impl GroupState {
+    /// There is something to protect, to recover, or (of a volume that left) to say to the target.
+    #[must_use]
+    pub(crate) fn is_live(&self) -> bool {
+        self.attached || !self.volumes.is_empty() || self.left.iter().any(|left| left.joined)
+    }
+}
+
 impl Default for GroupState {
     fn default() -> Self {
         Self::new()

@@ -122,11 +122,11 @@ impl CaptureGroup {
         let _ = self.wake_sync.set(Box::new(wake));
     }
 
-    /// What durably records that a volume is about to join ([`VolumeSpec::joined`] after a restart); called on sync's thread, may block;
+    /// What durably records that a volume is about to join; called on sync's thread, once more by each process and stream, may block;
     /// `false`: could not, and the volume does not join yet. The first call counts.
     ///
-    /// Recorded before it is said in the stream: a restarted agent that did not know of it would let points through while something
-    /// of the volume is missing.
+    /// Recorded before it is said in the stream: a restarted agent that finds it said there, of a volume whose joining it has not
+    /// recorded, knows that an earlier holder of the number is meant.
     pub fn set_join_recorder(&self, record: impl Fn(VolumeIndex) -> bool + Send + Sync + 'static) {
         let _ = self.record_join.set(Box::new(record));
     }
@@ -189,15 +189,28 @@ impl CaptureGroup {
                 return Err(Error::NoVolume(index.0));
             }
         }
-        let mut events = self.events();
-        events.left.push(index);
-        self.say_left(&mut events);
-        drop(events);
-        self.wake_consumer_if_sleeping();
+        self.say_left(index);
         self.ring.remove_volume(index.0).map_err(|_| Error::NoVolume(index.0))
     }
 
-    fn say_left(&self, events: &mut Events) {
+    /// Says in the stream that points do not include the volume, unless they do: it is captured and has joined. For what the
+    /// target still believes of a volume that left while nobody could hear it (its `Welcome` says so). Said as soon as the stream
+    /// has room, and before the number joins again.
+    pub fn say_left(&self, index: VolumeIndex) {
+        let mut events = self.events();
+        // Under the mutex that joining takes: what is said here is said before.
+        if self.volume(index).is_some_and(|volume| volume.joined()) {
+            return;
+        }
+        if !events.left.contains(&index) {
+            events.left.push(index);
+        }
+        self.claim_left(&mut events);
+        drop(events);
+        self.wake_consumer_if_sleeping();
+    }
+
+    fn claim_left(&self, events: &mut Events) {
         while let Some(volume) = events.left.pop() {
             let desc = Desc { kind: Kind::VolumeLeft as u8, volume: volume.0, ..Desc::default() };
             if claim_marker(&events.producer, &desc).is_none() {
@@ -375,7 +388,7 @@ impl CaptureGroup {
                     }
                     events.cut = events.producer.reserve_marker(0).ok();
                 }
-                self.say_left(events);
+                self.claim_left(events);
                 self.poke_sync();
                 Some(Position(position))
             }
@@ -386,13 +399,6 @@ impl CaptureGroup {
     /// A cut was made at `position`.
     pub(crate) fn cut_made(&self, position: u64) {
         self.cut_end.fetch_max(position + 1, Ordering::AcqRel);
-    }
-
-    /// The end of an orderly stop: all queues are closed, everything is shipped and freed. Notes in the ring that it is empty;
-    /// `false`, and nothing noted, if it is not. No event can be opened afterwards in a full ring: drop the group.
-    pub fn mark_clean(&self) -> bool {
-        self.events().cut = None;
-        self.ring.mark_clean()
     }
 
     /// Starts the stream over under a new incarnation, because the target cannot continue the old one: everything is missing, what
@@ -462,6 +468,14 @@ impl CaptureGroup {
 
     // For sync.
 
+    /// What was *in flight* is missing again: nobody knows its position any more.
+    pub(crate) fn take_back(&self, volume: &Volume) {
+        let claims = self.claims();
+        volume.in_flight.move_all_to(&volume.missing);
+        drop(claims);
+        self.ensure_event(volume);
+    }
+
     /// The right to claim for sync and to clear bits: nobody drops the stream's past meanwhile.
     pub(crate) fn claims(&self) -> MutexGuard<'_, ()> {
         self.claims.lock().unwrap_or_else(PoisonError::into_inner)
@@ -486,12 +500,12 @@ impl CaptureGroup {
         if volume.announced() || volume.missing.next_set(0).is_some() {
             return None;
         }
-        if !volume.joined() && !self.record_join.get().is_none_or(|record| record(volume.index)) {
+        if !self.record_join.get().is_none_or(|record| record(volume.index)) {
             return None;
         }
         let mut events = self.events();
         // A number may come again: that its last holder left must not be said behind its joining.
-        self.say_left(&mut events);
+        self.claim_left(&mut events);
         if !events.left.is_empty() {
             return None;
         }
@@ -654,15 +668,16 @@ mod tests {
         assert!(!volume.joined() && !volume.announced());
         volume.missing.clear(7);
         // In the very last moment.
-        let late = Arc::clone(&volume);
+        let (late, first) = (Arc::clone(&volume), AtomicBool::new(true));
         group.set_join_recorder(move |_| {
-            late.missing.set(8);
+            if first.swap(false, Ordering::SeqCst) {
+                late.missing.set(8);
+            }
             true
         });
         assert_eq!(group.join(&volume), None);
         assert!(!volume.joined() && !volume.announced());
         volume.missing.clear(8);
-        volume.joined.store(true, Ordering::SeqCst);
         assert!(group.join(&volume).is_some());
         assert_eq!(group.join(&volume), None, "said once");
 
@@ -698,7 +713,5 @@ mod tests {
         volume.missing.clear(0);
         assert!(group.end_event().is_some());
         assert_eq!(consumer.next().map(|entry| entry.desc.kind), Some(Kind::EventEnd as u8));
-        consumer.free_to(consumer.position());
-        assert!(group.mark_clean(), "the group's own credit is given back");
     }
 }

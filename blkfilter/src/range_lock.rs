@@ -1,6 +1,7 @@
 //! Locks on byte ranges of one volume: overlapping requests go one after the other, in the order in which they came; nobody
 //! waits by blocking a thread.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -282,8 +283,18 @@ impl Mailbox {
 }
 
 impl Drop for Owner {
-    /// The owner has unlocked everything before (an entry left behind would block its range for good).
+    /// Gives back what it still holds or waits for: its thread died of a bug, and an entry left behind would block its range, and
+    /// with it a guest, for good.
     fn drop(&mut self) {
+        let mut left = BTreeSet::new();
+        for index in 0..SHARDS {
+            let shard = self.lock.shard(index);
+            let mine = shard.entries.iter().filter(|entry| entry.owner == self.id);
+            left.extend(mine.map(|entry| (entry.op, entry.start, entry.end)));
+        }
+        for (op, start, end) in left {
+            self.unlock(op, start..end);
+        }
         let mut owners = self.lock.owners.write().unwrap_or_else(PoisonError::into_inner);
         owners[usize::from(self.id)] = None;
     }

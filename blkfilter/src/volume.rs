@@ -62,8 +62,8 @@ pub struct VolumeSpec {
     pub id: [u8; 16],
     /// What is known of source and replica.
     pub content: Content,
-    /// The target's points may include it: what [`CaptureGroup::set_join_recorder`] recorded. If in doubt, `true`: that costs points
-    /// while something of it is missing, never a wrong one.
+    /// The target's points may include it, as what was found of the stream says. If in doubt, `true`: that costs points while something
+    /// of it is missing, never a wrong one.
     pub joined: bool,
 }
 

@@ -217,7 +217,8 @@ impl Syncer {
         }
     }
 
-    /// Takes care of one more volume of the group. An unprotected one is ignored.
+    /// Takes care of one more volume of the group. An unprotected one is ignored. What an earlier sync had put into the stream (one
+    /// that died) and nobody called durable is missing again.
     ///
     /// # Errors
     /// The file cannot be registered, or the volume has too many queues.
@@ -249,6 +250,9 @@ impl Syncer {
             fresh: false,
             clean: false,
         };
+        if sync.volume.in_flight.next_set(0).is_some() {
+            self.group.take_back(&sync.volume);
+        }
         self.volumes.insert(sync.volume.index.0, sync);
         self.look = true;
         Ok(())

@@ -26,9 +26,25 @@ fn sides(lock: &Arc<RangeLock>, count: usize) -> Vec<Side> {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Lock { side: usize, op: u16, start: u64, len: u64 },
-    TryLock { side: usize, op: u16, start: u64, len: u64 },
-    Unlock { pick: usize },
+    Lock {
+        side: usize,
+        op: u16,
+        start: u64,
+        len: u64,
+    },
+    TryLock {
+        side: usize,
+        op: u16,
+        start: u64,
+        len: u64,
+    },
+    Unlock {
+        pick: usize,
+    },
+    /// An owner dies with all that it holds and waits for; a new one takes its place.
+    Die {
+        side: usize,
+    },
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -40,6 +56,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         4 => place.clone().prop_map(|(side, op, start, len)| Step::Lock { side, op, start, len }),
         1 => place.prop_map(|(side, op, start, len)| Step::TryLock { side, op, start, len }),
         4 => any::<usize>().prop_map(|pick| Step::Unlock { pick }),
+        1 => (0..3_usize).prop_map(|side| Step::Die { side }),
     ];
     proptest::collection::vec(step, 1..200)
 }
@@ -55,6 +72,26 @@ fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
 fn holders(model: &Model) -> BTreeSet<(usize, u16)> {
     let free = |at: usize| !model[..at].iter().any(|(_, _, before)| overlap(before, &model[at].2));
     (0..model.len()).filter(|at| free(*at)).map(|at| (model[at].0, model[at].1)).collect()
+}
+
+/// After `side` gave something up.
+fn check_grants(
+    sides: &mut [Side],
+    side: usize,
+    model: &Model,
+    granted: &mut BTreeSet<(usize, u16)>,
+) -> Result<(), TestCaseError> {
+    let now = holders(model);
+    for (index, other) in sides.iter_mut().enumerate() {
+        let new: BTreeSet<u16> = std::iter::from_fn(|| other.owner.poll_granted()).collect();
+        let expected: BTreeSet<u16> =
+            now.iter().filter(|(s, o)| *s == index && !granted.contains(&(*s, *o))).map(|(_, o)| *o).collect();
+        prop_assert_eq!(&new, &expected, "those that come to hold the lock are told, and nobody else");
+        let woken = other.io.take_wakeup();
+        prop_assert_eq!(woken, index != side && !new.is_empty(), "others are woken, oneself is not");
+        granted.extend(new.into_iter().map(|op| (index, op)));
+    }
+    Ok(())
 }
 
 fn run(steps: Vec<Step>) -> Result<(), TestCaseError> {
@@ -89,19 +126,14 @@ fn run(steps: Vec<Step>) -> Result<(), TestCaseError> {
                 let (side, op, range) = model.remove(pick % model.len());
                 granted.remove(&(side, op));
                 sides[side].owner.unlock(op, range);
-                let now = holders(&model);
-                for (index, other) in sides.iter_mut().enumerate() {
-                    let new: BTreeSet<u16> = std::iter::from_fn(|| other.owner.poll_granted()).collect();
-                    let expected: BTreeSet<u16> = now
-                        .iter()
-                        .filter(|(s, o)| *s == index && !granted.contains(&(*s, *o)))
-                        .map(|(_, o)| *o)
-                        .collect();
-                    prop_assert_eq!(&new, &expected, "those that come to hold the lock are told, and nobody else");
-                    let woken = other.io.take_wakeup();
-                    prop_assert_eq!(woken, index != side && !new.is_empty(), "others are woken, oneself is not");
-                    granted.extend(new.into_iter().map(|op| (index, op)));
-                }
+                check_grants(&mut sides, side, &model, &mut granted)?;
+            }
+            Step::Die { side } => {
+                let heir = lock.owner(OPS, sides[side].io.waker()).expect("few owners");
+                drop(std::mem::replace(&mut sides[side].owner, heir));
+                model.retain(|(owner, ..)| *owner != side);
+                granted.retain(|(owner, _)| *owner != side);
+                check_grants(&mut sides, side, &model, &mut granted)?;
             }
         }
         prop_assert_eq!(&granted, &holders(&model));

@@ -212,6 +212,19 @@ impl Rig {
         }
     }
 
+    /// Sync dies of a bug in the middle of what it does, and a new one begins.
+    pub(crate) fn replace_sync(&mut self) {
+        self.syncer = Syncer::new(Arc::clone(&self.group), self.config.sync.clone(), key());
+        std::mem::replace(&mut self.sync_io, SimIo::new(self.rng.fork())).kill();
+        for filter in &self.filters {
+            self.sync_io.attach(&filter.file().0);
+            self.syncer.add_volume(&mut self.sync_io, filter).expect("few owners");
+        }
+        if self.live {
+            self.syncer.handle_live(&[], Position(0));
+        }
+    }
+
     pub(crate) fn now(&self) -> Now {
         Now(self.step * 1_000_000)
     }

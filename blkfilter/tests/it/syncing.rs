@@ -5,7 +5,7 @@ use std::time::Duration;
 use farshore_blkfilter::sync::{SyncConfig, SyncState};
 use farshore_blkfilter::{Alarm, AlarmEvent};
 use farshore_proto::record::Kind;
-use farshore_proto::{Position, VolumeIndex};
+use farshore_proto::{Position, VolumeIndex, WallTime};
 use farshore_uring::sim::{DiskFault, DiskOp};
 
 use crate::oracle::Said;
@@ -433,6 +433,71 @@ fn adding_and_removing_a_volume_pauses_nobody() {
     assert_eq!(rig.replica.joined.iter().collect::<Vec<_>>(), [&0]);
 }
 
+/// Goal: a sync that died is replaced by a new one, which knows nothing of what that one had put into the stream, and sends it again.
+#[test]
+fn a_new_sync_sends_again_what_may_be_lost() {
+    let mut rig = with_missing(18, 3);
+    rig.replica.images.get_mut(&0).expect("there")[usize::try_from(3 * SLOT).expect("small") + 5000] ^= 1;
+    let in_flight = |rig: &Rig| rig.filters[0].volume().expect("captured").in_flight().count_ones();
+    for _ in 0..5 {
+        run_sync(&mut rig);
+        if in_flight(&rig) > 0 {
+            break;
+        }
+        deliver(&mut rig);
+        while rig.hear() {}
+    }
+    assert_eq!((missing(&rig), in_flight(&rig)), (0, 1));
+    rig.replace_sync();
+    assert_eq!((missing(&rig), in_flight(&rig)), (1, 0));
+    assert!(rig.group.event_open());
+    rig.settle();
+    rig.check_equal();
+}
+
+/// Goal: a sync that dies holding a range's lock keeps no guest.
+#[test]
+fn a_sync_that_dies_keeps_no_lock() {
+    let mut rig = with_missing(19, 3);
+    for _ in 0..40 {
+        rig.step += 1;
+        rig.turn_sync();
+        rig.submit(0, 3 * SLOT, 512, What::Write { fua: false });
+        if rig.guests[0].io.in_flight() == 0 {
+            // It waits for sync's lock.
+            break;
+        }
+        while rig.turn_guest(0) {}
+    }
+    assert_eq!(rig.guests[0].pending.len(), 1, "sync takes the lock after three torn reads");
+    rig.replace_sync();
+    while rig.turn_guest(0) {}
+    assert!(rig.guests[0].pending.is_empty(), "the guest waits for a lock that nobody gives back");
+    rig.settle();
+    rig.check_equal();
+}
+
+/// Goal: a leaving that the stream lost is said again, one of a volume that is there is not.
+#[test]
+fn a_lost_leaving_is_said_again() {
+    let mut rig = Rig::new(15, Config { volumes: 2, guests: 1, ..one_volume() });
+    rig.settle();
+    rig.syncer.remove_volume(&mut rig.sync_io, VolumeIndex(1));
+    rig.group.remove_volume(VolumeIndex(1)).expect("it is there");
+    // What said so is dropped with all that the ring holds.
+    rig.break_link();
+    rig.group.start_over(&mut rig.consumer, WallTime(1), |_| {});
+    let from = rig.consumer.freed();
+    rig.replica.forget_wire(from);
+    assert_eq!(rig.replica.joined.len(), 2);
+    for volume in [0, 1] {
+        rig.group.say_left(VolumeIndex(volume));
+    }
+    rig.go_live();
+    deliver(&mut rig);
+    assert_eq!(rig.replica.joined.iter().collect::<Vec<_>>(), [&0]);
+}
+
 /// Goal: a join is recorded before it is said, and not said where that fails.
 #[test]
 fn a_join_is_recorded_first() {
@@ -452,4 +517,13 @@ fn a_join_is_recorded_first() {
     assert_eq!(calls.load(Ordering::Relaxed), 4);
     assert_eq!(rig.replica.count(Kind::VolumeJoined), 1);
     rig.check_equal();
+    // A restarted agent takes the volume for joined, and that it did may not be what it has recorded.
+    rig.kill_and_restart();
+    let seen = Arc::clone(&calls);
+    rig.group.set_join_recorder(move |_| {
+        seen.fetch_add(1, Ordering::Relaxed);
+        true
+    });
+    rig.settle();
+    assert_eq!(calls.load(Ordering::Relaxed), 5);
 }

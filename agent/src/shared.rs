@@ -1,0 +1,256 @@
+//! What a group's threads share: its capture, sync and state, and the alarms and waiters of its people.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use farshore_blkfilter::{Alarm, BackingFile, CaptureGroup, Content, FilterVolume, VolumeSpec};
+use farshore_proto::{Name, SLOT_BYTES, VolumeIndex};
+use farshore_uring::{DirStorage, FileDevice};
+
+use crate::alarms::{Alarms, code};
+use crate::points::PointBoard;
+use crate::source::{Absent, SourceFile};
+use crate::state::{GroupState, StateDir, VolumeState};
+use crate::sync_thread::{SyncOrder, SyncReport, SyncThread};
+use crate::{Error, Result};
+
+/// What a group's threads share.
+pub(crate) struct Shared {
+    pub name: Name,
+    pub capture: Arc<CaptureGroup>,
+    pub sync: SyncThread,
+    pub alarms: Arc<Alarms>,
+    pub points: PointBoard,
+    pub store: StateDir<DirStorage>,
+    state: Mutex<GroupState>,
+    bookmarks: Mutex<VecDeque<Name>>,
+    ring_closed: AtomicU64,
+}
+
+impl Shared {
+    pub(crate) fn new(
+        name: Name,
+        capture: Arc<CaptureGroup>,
+        sync: SyncThread,
+        alarms: Arc<Alarms>,
+        store: StateDir<DirStorage>,
+        state: GroupState,
+    ) -> Arc<Self> {
+        let shared = Arc::new(Self {
+            name,
+            capture,
+            sync,
+            alarms,
+            points: PointBoard::default(),
+            store,
+            state: Mutex::new(state),
+            bookmarks: Mutex::default(),
+            ring_closed: AtomicU64::new(0),
+        });
+        // What is captured must not keep alive what it is captured for.
+        let recorder = Arc::downgrade(&shared);
+        shared
+            .capture
+            .set_join_recorder(move |index| recorder.upgrade().is_some_and(|shared| shared.record_join(index)));
+        shared
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, GroupState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn compares_everything(&self) -> bool {
+        self.state().compare_everything
+    }
+
+    /// Changes the group's state, durably. `false`: it could not be written, and is as before.
+    pub(crate) fn update_state(&self, change: impl FnOnce(&mut GroupState)) -> bool {
+        let mut state = self.state();
+        let mut new = state.clone();
+        change(&mut new);
+        if new == *state {
+            return true;
+        }
+        match self.store.write_group(&self.name, &new) {
+            Ok(()) => {
+                *state = new;
+                self.alarms.clear(code::STATE, self.name.as_str());
+                true
+            }
+            Err(error) => {
+                self.alarms.raise(code::STATE, self.name.as_str(), crate::error::chain(&error));
+                false
+            }
+        }
+    }
+
+    /// Before the stream says that a volume joins: the next start that finds the stream knows then that the volume's marks are whole.
+    fn record_join(&self, index: VolumeIndex) -> bool {
+        self.update_state(|state| {
+            state.volumes.iter_mut().filter(|volume| volume.index == index.0).for_each(|volume| volume.joined = true);
+        })
+    }
+
+    pub(crate) fn take_bookmarks(&self) -> VecDeque<Name> {
+        std::mem::take(&mut *self.bookmarks.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// A named cut is wanted; asked for twice before it is made, it is made once.
+    pub(crate) fn order_bookmark(&self, name: Name) {
+        let mut bookmarks = self.bookmarks.lock().unwrap_or_else(PoisonError::into_inner);
+        if !bookmarks.contains(&name) {
+            bookmarks.push_back(name);
+        }
+    }
+
+    /// Every volume of the state is captured, if only as absent.
+    pub(crate) fn captures_all(&self) -> bool {
+        self.state().volumes.iter().all(|volume| self.capture.volume(VolumeIndex(volume.index)).is_some())
+    }
+
+    pub(crate) fn volume_subject(&self, index: VolumeIndex) -> String {
+        volume_subject(&self.name, &self.capture, index)
+    }
+
+    /// How often the ring ran full.
+    pub(crate) fn ring_closed_count(&self) -> u64 {
+        self.ring_closed.load(Ordering::Relaxed)
+    }
+
+    /// Passes on what the filter has to say.
+    pub(crate) fn take_alarms(&self) {
+        let group = self.name.as_str();
+        while let Some(event) = self.capture.poll_alarm() {
+            let set = |code, text: &str| match event.raised {
+                true => self.alarms.raise(code, group, text),
+                false => self.alarms.clear(code, group),
+            };
+            match event.alarm {
+                Alarm::RingClosed => {
+                    if event.raised {
+                        self.ring_closed.fetch_add(1, Ordering::Relaxed);
+                    }
+                    set(
+                        code::RING_CLOSED,
+                        "the ring is full: writes are marked and will be sent by a resync; no new points until then",
+                    );
+                }
+                Alarm::EventOpen => {
+                    set(code::RESYNC, "source and replica may differ; no new points until the resync ends")
+                }
+                Alarm::WriteFailed { volume, offset, len, errno } => self.alarms.raise(
+                    code::WRITE_FAILED,
+                    &self.volume_subject(volume),
+                    format!("the device failed a write of {len} bytes at {offset} (errno {errno}); the guest was told"),
+                ),
+                Alarm::Unreadable { volume, offset, len } => self.alarms.raise(
+                    code::UNREADABLE,
+                    &self.volume_subject(volume),
+                    format!("{len} bytes at {offset} cannot be read; points lack them"),
+                ),
+                Alarm::QueueDropped { volume, requests } => self.alarms.raise(
+                    code::DROPPED,
+                    &self.volume_subject(volume),
+                    format!("{requests} requests were dropped in flight; their ranges are compared"),
+                ),
+            }
+            self.points.poke();
+        }
+    }
+
+    /// Adds an opened volume to capture and sync. `clean`: the last stop was in order, so the saved marks are complete.
+    pub(crate) fn add(
+        &self,
+        volume: &VolumeState,
+        file: SourceFile,
+        content: Content,
+        joined: bool,
+        clean: bool,
+    ) -> Result<Arc<FilterVolume<FileDevice>>> {
+        let saved = match clean {
+            // Saved marks that cannot be read are none: everything is compared, and the guest has its volume.
+            true => self.store.read_bitmap(&self.name, volume.index).unwrap_or_else(|error| {
+                tracing::warn!(error = crate::error::chain(&error), "saved marks are lost: the volume is compared");
+                None
+            }),
+            false => None,
+        };
+        // A clean start without marks knows nothing of the volume.
+        let content = if clean && saved.is_none() { Content::Unknown } else { content };
+        let filter = self.capture_volume(volume, FileDevice::new(file.0), content, joined)?;
+        if let (Some(words), Some(captured)) = (saved, self.capture.volume(VolumeIndex(volume.index))) {
+            for (at, word) in words.iter().enumerate() {
+                for bit in (0..64).filter(|bit| word & (1 << bit) != 0) {
+                    let offset = (at as u64 * 64 + bit) * SLOT_BYTES;
+                    if offset < captured.size() {
+                        self.capture.mark_missing(&captured, offset, SLOT_BYTES.min(captured.size() - offset));
+                    }
+                }
+            }
+        }
+        self.sync.tell(SyncOrder::Add(Arc::clone(&filter)));
+        Ok(filter)
+    }
+
+    fn capture_volume<F: BackingFile>(
+        &self,
+        volume: &VolumeState,
+        file: F,
+        content: Content,
+        joined: bool,
+    ) -> Result<Arc<FilterVolume<F>>> {
+        let name = Name::new(volume.name.clone())?;
+        let mut id = [0; 16];
+        let text = format!("{} {} {}", self.name, volume.index, volume.identity);
+        id.copy_from_slice(&blake3::hash(text.as_bytes()).as_bytes()[..16]);
+        let spec = VolumeSpec { index: VolumeIndex(volume.index), name, id, content, joined };
+        self.capture.add_volume(spec, file).map_err(|error| {
+            Error::failed(format!("volume {}/{}", self.name, volume.name), crate::error::chain(&error))
+        })
+    }
+
+    /// Captures a volume that cannot be opened as one of which everything is missing. Sync never hears of it, so while it is absent
+    /// no point of the group claims to be whole (its own last writes may be only marks), "compare everything" stays, and a stop
+    /// saves that all of it must be compared.
+    pub(crate) fn add_absent(&self, volume: &VolumeState, joined: bool) {
+        if self.capture.volume(VolumeIndex(volume.index)).is_some() {
+            return;
+        }
+        if let Err(error) = self.capture_volume(volume, Absent::new(volume), Content::Unknown, joined) {
+            tracing::error!(error = crate::error::chain(&error), "an absent volume cannot be marked");
+        }
+    }
+
+    /// A volume that cannot be served may be changed by anybody: the next time everything is compared.
+    pub(crate) fn volume_failed(&self, volume: &VolumeState, error: &Error) {
+        let text = format!("is not served: {}", crate::error::chain(error));
+        self.alarms.raise(code::UNAVAILABLE, &format!("{}/{}", self.name, volume.name), text);
+        self.update_state(|state| state.compare_everything = true);
+    }
+}
+
+fn volume_subject(group: &Name, capture: &CaptureGroup, index: VolumeIndex) -> String {
+    let name = capture.volume(index).map_or_else(|| index.to_string(), |volume| volume.name().to_string());
+    format!("{group}/{name}")
+}
+
+/// What sync says of itself, as alarms.
+pub(crate) fn sync_alarms(
+    group: Name,
+    capture: Arc<CaptureGroup>,
+    alarms: Arc<Alarms>,
+) -> impl Fn(SyncReport) + Send + 'static {
+    let volume = move |group: &Name, index| volume_subject(group, &capture, index);
+    move |report| match report {
+        SyncReport::Died(reason) => {
+            let text = format!("sync died: {reason}; it begins anew by itself, and nothing missing is sent until then");
+            alarms.raise(code::SYNC, group.as_str(), text);
+        }
+        SyncReport::Sound => alarms.clear(code::SYNC, group.as_str()),
+        SyncReport::Unread(index, reason) => {
+            alarms.raise(code::SYNC, &volume(&group, index), format!("sync cannot read it: {reason}"));
+        }
+        SyncReport::Read(index) => alarms.clear(code::SYNC, &volume(&group, index)),
+    }
+}

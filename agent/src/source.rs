@@ -1,0 +1,112 @@
+//! What volumes stand on, and how they are reached.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use farshore_blkfilter::{BackingFile, Buf};
+use farshore_nbd::Listen;
+use farshore_uring::{Backing, BackingOptions, Direct, Errno, Extent, FileSlot, Geometry, Io, open_backing};
+
+use crate::config::AgentConfig;
+use crate::state::VolumeState;
+use crate::{Error, Result};
+
+/// Stands for a source that cannot be opened. Nobody reads or writes it.
+pub(crate) struct Absent(Geometry);
+
+impl Absent {
+    pub(crate) fn new(volume: &VolumeState) -> Self {
+        Self(Geometry {
+            size: volume.size,
+            logical_block: volume.block,
+            optimal_block: volume.block,
+            max_request: volume.block,
+            max_discard: 0,
+            read_only: true,
+            discard: false,
+        })
+    }
+}
+
+impl BackingFile for Absent {
+    fn geometry(&self) -> Geometry {
+        self.0
+    }
+
+    fn register<I: Io<Buf>>(&self, _io: &mut I) -> std::io::Result<FileSlot> {
+        Err(std::io::ErrorKind::NotFound.into())
+    }
+
+    fn extents(&self, _offset: u64, _len: u64) -> std::result::Result<Vec<Extent>, Errno> {
+        Ok(Vec::new())
+    }
+}
+
+/// A source that passed all checks.
+pub(crate) struct SourceFile(pub Backing);
+
+pub(crate) fn open_source(source: &Path, config: &AgentConfig) -> Result<Backing> {
+    let direct = if config.direct { Direct::Auto } else { Direct::Off };
+    let opened = open_backing(source, BackingOptions { direct, read_only: false }).map_err(|error| {
+        let what = format!("source {}", source.display());
+        let kind = error.kind();
+        if kind == std::io::ErrorKind::NotFound {
+            Error::NotFound { what: "source", name: source.display().to_string(), hint: "" }
+        } else if matches!(kind, std::io::ErrorKind::ResourceBusy | std::io::ErrorKind::WouldBlock) {
+            Error::Refused {
+                what,
+                reason: format!("is in use: {}", crate::error::chain(&error)),
+                hint: "unmount it, or end whatever uses it; a volume is written through Farshore only".into(),
+            }
+        } else {
+            Error::Failed { what, reason: crate::error::chain(&error) }
+        }
+    });
+    opened.and_then(|backing| match backing.geometry.size {
+        0 => Err(Error::failed(format!("source {}", source.display()), "is empty")),
+        _ => Ok(backing),
+    })
+}
+
+pub(crate) fn open_volume(volume: &VolumeState, config: &AgentConfig) -> Result<SourceFile> {
+    let backing = open_source(&volume.source, config)?;
+    let refused = |reason: String| {
+        Err(Error::Refused {
+            what: format!("source {}", volume.source.display()),
+            reason,
+            hint: "bring the device back, or `farshore unprotect` the volume and protect the new one".into(),
+        })
+    };
+    if backing.geometry.size != volume.size {
+        return refused(format!("has {} bytes, it was protected with {}", backing.geometry.size, volume.size));
+    }
+    if backing.id.as_str() != volume.identity {
+        return refused(format!(
+            "is another device than the one protected ({} is not {})",
+            backing.id, volume.identity
+        ));
+    }
+    if backing.geometry.logical_block != volume.block {
+        return refused(format!("has blocks of {} bytes now, not {}", backing.geometry.logical_block, volume.block));
+    }
+    Ok(SourceFile(backing))
+}
+
+/// `nbd+unix:PATH` or `nbd+tcp:IP:PORT`.
+pub(crate) fn parse_frontend(text: &str) -> Result<Listen> {
+    let bad = |reason: &str| Err(Error::Setting { key: "frontend", reason: format!("{text:?} {reason}") });
+    if let Some(path) = text.strip_prefix("nbd+unix:") {
+        let path = PathBuf::from(path);
+        if !path.is_absolute() {
+            return bad("needs an absolute path");
+        }
+        return Ok(Listen::Unix { path, mode: 0o600 });
+    }
+    if let Some(address) = text.strip_prefix("nbd+tcp:") {
+        return match address.parse::<SocketAddr>() {
+            Ok(address) => Ok(Listen::Tcp(address)),
+            Err(_) => bad("needs IP:PORT"),
+        };
+    }
+    bad("is neither nbd+unix:PATH nor nbd+tcp:IP:PORT")
+}
