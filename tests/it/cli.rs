@@ -7,8 +7,8 @@ use farshore_proto::text::parse_time;
 use serde_json::Value;
 
 use crate::support::rig::{GROUP, VOLUME, binary};
-use crate::support::run::run;
 use crate::support::{Guest, MIB, Rig, device, until};
+use farshore_cli::sites::run::run;
 
 /// An object has all these keys. More are allowed: the contract may be extended, never renamed.
 fn keys(value: &Value, wanted: &[&str]) -> Result<()> {

@@ -1,7 +1,10 @@
 //! Both sites on one machine, as separate processes of this binary: for the demonstration, the benchmarks and the
 //! end-to-end tests. The link goes through a small UDP relay, so that it can be cut and healed.
 
+pub mod mount;
+pub mod postgres;
 mod relay;
+pub mod run;
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};

@@ -5,8 +5,8 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use super::{text, view_equals_source};
-use crate::support::run::{find, run};
 use crate::support::{MIB, Rig, device};
+use farshore_cli::sites::run::{find, run};
 
 /// One fio job of these arguments over NBD on a protected volume of 64 MiB.
 fn verified(args: &[&str]) {

@@ -5,8 +5,8 @@ use serde_json::Value;
 
 use super::{text, view_equals_source};
 use crate::support::rig::{GROUP, VOLUME};
-use crate::support::run::{call, find};
 use crate::support::{MIB, Rig, device, pattern};
+use farshore_cli::sites::run::{call, find};
 
 fn nbdinfo(uri: &str) -> Result<Value> {
     let out = call(find("nbdinfo", "libnbd-bin")?, ["--json", uri])?;

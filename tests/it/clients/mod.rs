@@ -2,22 +2,16 @@
 
 mod fio;
 mod libnbd;
-mod mount;
 mod postgres;
 mod qemu;
 
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use farshore_cli::sites::run::{call, find, text};
 
 use crate::support::rig::{GROUP, VOLUME};
-use crate::support::run::{call, find};
 use crate::support::{Rig, device};
-
-/// A path as an argument.
-fn text(path: &Path) -> Result<&str> {
-    path.to_str().context("paths of tests are text")
-}
 
 /// The newest point equals the source, as a foreign program sees both.
 fn view_equals_source(rig: &Rig, image: &Path) -> Result<()> {

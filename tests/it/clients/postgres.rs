@@ -6,7 +6,7 @@
 //! `FARSHORE_SEED`: which.
 
 use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,85 +18,14 @@ use farshore_proto::text::parse_time;
 use farshore_uring::sim::SimRng;
 use serde_json::Value;
 
-use super::mount::{Attached, need_machine};
-use super::text;
+use farshore_cli::sites::mount::{Attached, need_machine};
+use farshore_cli::sites::postgres::{Cluster, DATABASE_LIMIT, folder_of_postgres};
+use farshore_cli::sites::run::{find, run_within, text};
+
 use crate::support::rig::{GROUP, VOLUME};
-use crate::support::run::{Ran, find, run_within};
 use crate::support::{LIMIT, MIB, Rig, device, number, pause, until};
 
 const IMAGE_BYTES: u64 = 768 * MIB;
-/// A database that replays and checks takes its time on a busy machine.
-const DATABASE_LIMIT: Duration = Duration::from_secs(180);
-
-/// A PostgreSQL cluster in a folder, run by user postgres, reachable over a unix socket in it.
-struct Cluster {
-    data: PathBuf,
-    sockets: PathBuf,
-    running: bool,
-}
-
-impl Cluster {
-    /// In `data`; sockets and logs lie in `sockets`, which must not be on the volume.
-    fn new(data: PathBuf, sockets: PathBuf) -> Self {
-        Self { data, sockets, running: false }
-    }
-
-    /// A program of PostgreSQL as user postgres.
-    fn program(&self, name: &str) -> Result<Command> {
-        let mut command = Command::new(find("setpriv", "util-linux")?);
-        command.args(["--reuid", "postgres", "--regid", "postgres", "--clear-groups", "--"]);
-        command.arg(find(name, "postgresql")?);
-        command
-            .env("PGHOST", &self.sockets)
-            .env("PGDATABASE", "postgres")
-            .env("LC_ALL", "C")
-            .current_dir(&self.sockets);
-        Ok(command)
-    }
-
-    fn run(&self, name: &str, args: &[&str]) -> Result<Ran> {
-        run_within(self.program(name)?.args(args), DATABASE_LIMIT)
-    }
-
-    fn create(&self) -> Result<()> {
-        let data = text(&self.data)?;
-        self.run("initdb", &["-D", data, "-A", "trust", "-k", "--no-instructions"])?.ok()?;
-        let settings = format!(
-            "listen_addresses = ''\nunix_socket_directories = '{}'\nshared_buffers = 32MB\nmin_wal_size = 32MB\n\
-             max_wal_size = 64MB\ncheckpoint_timeout = 30s\nmax_connections = 20\nautovacuum_naptime = 5s\n",
-            self.sockets.display()
-        );
-        let path = self.data.join("postgresql.conf");
-        std::fs::write(&path, settings).context("write postgresql.conf")
-    }
-
-    fn start(&mut self) -> Result<()> {
-        let log = self.sockets.join("postgres.log");
-        // A lock file of another life, with a process number that somebody else may have by now.
-        let _ = std::fs::remove_file(self.sockets.join(".s.PGSQL.5432.lock"));
-        let started = self.run("pg_ctl", &["-D", text(&self.data)?, "-l", text(&log)?, "-w", "-t", "120", "start"]);
-        self.running = true;
-        started?.ok().with_context(|| std::fs::read_to_string(&log).unwrap_or_default()).map(drop)
-    }
-
-    fn stop(&mut self) -> Result<()> {
-        self.run("pg_ctl", &["-D", text(&self.data)?, "-w", "-t", "120", "-m", "fast", "stop"])?.ok()?;
-        self.running = false;
-        Ok(())
-    }
-
-    fn sql(&self, statement: &str) -> Result<String> {
-        self.run("psql", &["-qAtX", "-v", "ON_ERROR_STOP=1", "-c", statement])?.ok()
-    }
-}
-
-impl Drop for Cluster {
-    fn drop(&mut self) {
-        if self.running {
-            let _ = self.run("pg_ctl", &["-D", &self.data.to_string_lossy(), "-m", "immediate", "stop"]);
-        }
-    }
-}
 
 /// A psql session that inserts numbered rows, each a transaction of its own.
 struct Inserter {
@@ -179,17 +108,6 @@ impl Record {
         ensure!(count <= sent, "{count} rows are there, only {sent} were ever sent");
         Ok(())
     }
-}
-
-fn own_by_postgres(path: &Path) -> Result<()> {
-    run_within(Command::new("chown").args(["postgres:postgres", text(path)?]), LIMIT)?.ok().map(drop)
-}
-
-/// A folder that user postgres owns, below one that it can reach.
-fn folder_of_postgres(path: &Path) -> Result<PathBuf> {
-    std::fs::create_dir_all(path).with_context(|| format!("create {}", path.display()))?;
-    own_by_postgres(path)?;
-    Ok(path.to_owned())
 }
 
 #[test]
@@ -306,7 +224,7 @@ fn check_point(rig: &Rig, record: &Record, point: &Value) -> Result<()> {
     let mut cluster = Cluster::new(place.join("data"), folder_of_postgres(&work.join("pg"))?);
     // Of the life that the point interrupts.
     let _ = std::fs::remove_file(place.join("data/postmaster.pid"));
-    redirect(&cluster)?;
+    cluster.redirect()?;
     cluster.start().context("start PostgreSQL on the point")?;
     cluster.run("pg_amcheck", &["--all", "--install-missing"])?.ok().context("pg_amcheck")?;
     record.check(&cluster.sql("select id from seen order by id")?, time)?;
@@ -319,14 +237,6 @@ fn check_point(rig: &Rig, record: &Record, point: &Value) -> Result<()> {
     disk.detach()?;
     rig.sites.close_view(&view)?;
     std::fs::remove_dir_all(&work).context("remove the folder")
-}
-
-/// The socket folder of this life in place of the source's.
-fn redirect(cluster: &Cluster) -> Result<()> {
-    let line = format!("unix_socket_directories = '{}'\n", cluster.sockets.display());
-    let path = cluster.data.join("postgresql.conf");
-    let mut file = std::fs::File::options().append(true).open(&path).context("open postgresql.conf")?;
-    file.write_all(line.as_bytes()).context("write postgresql.conf")
 }
 
 fn restored_equals_source(rig: &mut Rig, image: &Path) -> Result<()> {

@@ -6,8 +6,8 @@ use anyhow::{Context, Result, ensure};
 
 use super::{text, view_equals_source};
 use crate::support::rig::{GROUP, VOLUME};
-use crate::support::run::{call, find};
 use crate::support::{LIMIT_SECONDS, MIB, Rig, device, pattern};
+use farshore_cli::sites::run::{call, find};
 
 fn qemu_img(args: &[&str]) -> Result<String> {
     call(find("qemu-img", "qemu-utils")?, args.iter().copied())

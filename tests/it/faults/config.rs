@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::support::Rig;
 use crate::support::rig::{binary, start_in_vain};
-use crate::support::run::{find, is_root, run_within};
+use farshore_cli::sites::run::{find, is_root, run_within};
 
 fn agent_lines(rig: &Rig, more: &str) -> String {
     format!(
@@ -89,7 +89,7 @@ fn a_second_daemon_on_the_same_socket_or_state_is_refused() {
 }
 
 /// Runs a daemon as a user who may not use its folder. Root may use any, so root becomes nobody for it.
-fn start_as_nobody(rig: &Rig, role: &str, config: &Path) -> Result<crate::support::run::Ran> {
+fn start_as_nobody(rig: &Rig, role: &str, config: &Path) -> Result<farshore_cli::sites::run::Ran> {
     let binary = binary()?;
     let mut command = if is_root() {
         // The build folder and the identities need not be open to everybody.

@@ -25,7 +25,7 @@ fn newest_segment(rig: &Rig) -> Result<(PathBuf, u64)> {
     Ok((path, len))
 }
 
-fn verify(rig: &Rig) -> Result<crate::support::run::Ran> {
+fn verify(rig: &Rig) -> Result<farshore_cli::sites::run::Ran> {
     let (journal, bundle) = (rig.journal()?, rig.sites.path("target.bundle"));
     let text = |path: &std::path::Path| path.to_str().map(str::to_owned).context("paths of tests are text");
     rig.cli(&["journal", "verify", &text(&journal)?, "--identity", &text(&bundle)?])
@@ -252,7 +252,7 @@ fn a_target_restored_from_a_backup_is_noticed() {
             rig.sites.stop_target()?;
             let (data, copy) = (rig.sites.path("target"), rig.dir().join("backup"));
             let text = |path: &std::path::Path| path.to_str().map(str::to_owned).context("paths of tests are text");
-            crate::support::run::call("cp", ["-a", "--sparse=always", &text(&data)?, &text(&copy)?])?;
+            farshore_cli::sites::run::call("cp", ["-a", "--sparse=always", &text(&data)?, &text(&copy)?])?;
             rig.sites.start_target()?;
             guest.work(100)?;
             guest.flush()?;

@@ -8,8 +8,8 @@ use farshore_cli::sites::SitesConfig;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use crate::support::rig::start_in_vain;
-use crate::support::run::{call, is_root};
 use crate::support::{Guest, KIB, MIB, Rig, device, until};
+use farshore_cli::sites::run::{call, is_root};
 
 /// A tmpfs that is unmounted at the end.
 struct SmallDisk {

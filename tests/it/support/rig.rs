@@ -9,8 +9,8 @@ use farshore_cli::sites::{Sites, SitesConfig};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::run::{Ran, run_within};
 use super::{LIMIT, LIMIT_SECONDS, device, pattern, until};
+use farshore_cli::sites::run::{Ran, run_within};
 
 /// The group that most tests protect into.
 pub(crate) const GROUP: &str = "g";

@@ -6,19 +6,16 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use super::text;
-use crate::support::device;
-use crate::support::run::{Running, call, find, is_root, run};
-use crate::support::until;
+use super::run::{Running, call, find, is_root, run, text, until};
 
-/// What this needs of the machine; an error names what is missing.
-pub(super) fn need_machine() -> Result<()> {
-    ensure!(is_root(), "mounting needs root; leave this out with `--without clients`");
+/// Looks for what this needs of the machine.
+///
+/// # Errors
+/// Names what is missing.
+pub fn need_machine() -> Result<()> {
+    ensure!(is_root(), "mounting needs root");
     for node in ["/dev/fuse", "/dev/loop-control"] {
-        ensure!(
-            Path::new(node).exists(),
-            "{node} is missing (kernel support); leave this out with `--without clients`"
-        );
+        ensure!(Path::new(node).exists(), "{node} is missing (kernel support)");
     }
     for (program, package) in
         [("nbdfuse", "nbdfuse or libnbd-bin"), ("fusermount3", "fuse3"), ("losetup", "mount"), ("e2fsck", "e2fsprogs")]
@@ -29,7 +26,8 @@ pub(super) fn need_machine() -> Result<()> {
 }
 
 /// A block device over an export. Dropping it takes everything apart, mounts included.
-pub(super) struct Attached {
+#[derive(Debug)]
+pub struct Attached {
     fuse: Option<Running>,
     folder: PathBuf,
     loop_device: Option<String>,
@@ -38,11 +36,16 @@ pub(super) struct Attached {
 
 impl Attached {
     /// Below `folder`, which is made.
-    pub(super) fn new(socket: &Path, folder: &Path) -> Result<Self> {
+    ///
+    /// # Errors
+    /// It cannot be made or a program fails.
+    pub fn new(socket: &Path, folder: &Path) -> Result<Self> {
         std::fs::create_dir(folder).with_context(|| format!("create {}", folder.display()))?;
         let file = folder.join("disk");
-        let fuse =
-            Running::start(Command::new(find("nbdfuse", "nbdfuse")?).args([text(&file)?, &device::uri(socket)]))?;
+        let fuse = Running::start(
+            Command::new(find("nbdfuse", "nbdfuse")?)
+                .args([text(&file)?, &format!("nbd+unix:///?socket={}", socket.display())]),
+        )?;
         let mut attached = Self { fuse: Some(fuse), folder: folder.to_owned(), loop_device: None, mounted: None };
         until("nbdfuse shows its file", || {
             attached.fuse.as_mut().context("nbdfuse runs")?.check()?;
@@ -54,12 +57,18 @@ impl Attached {
     }
 
     /// The block device.
-    pub(super) fn device(&self) -> Result<&str> {
+    ///
+    /// # Errors
+    /// It was detached.
+    pub fn device(&self) -> Result<&str> {
         self.loop_device.as_deref().context("the loop device is there")
     }
 
     /// Mounts it; an ext4 replays its journal by that.
-    pub(super) fn mount(&mut self, place: &Path) -> Result<()> {
+    ///
+    /// # Errors
+    /// As `mount`.
+    pub fn mount(&mut self, place: &Path) -> Result<()> {
         std::fs::create_dir_all(place).with_context(|| format!("create {}", place.display()))?;
         call("mount", ["-t", "ext4", self.device()?, text(place)?])?;
         self.mounted = Some(place.to_owned());
@@ -67,20 +76,29 @@ impl Attached {
     }
 
     /// Unmounts it; all is on the device when this returns.
-    pub(super) fn unmount(&mut self) -> Result<()> {
+    ///
+    /// # Errors
+    /// As `umount`.
+    pub fn unmount(&mut self) -> Result<()> {
         let place = self.mounted.take().context("it is mounted")?;
         // A process that just ended may hold it for a moment longer.
         until("the file system is unmounted", || Ok(call("umount", [text(&place)?]).ok().map(drop)))
     }
 
     /// `e2fsck -fn`: checks all and changes nothing.
-    pub(super) fn check(&self) -> Result<()> {
+    ///
+    /// # Errors
+    /// It finds something.
+    pub fn check(&self) -> Result<()> {
         let ran = run(Command::new(find("e2fsck", "e2fsprogs")?).args(["-f", "-n", self.device()?]))?;
         ran.ok().context("the file system is not clean").map(drop)
     }
 
     /// Takes it apart in order; everything written is in the export when this returns.
-    pub(super) fn detach(mut self) -> Result<()> {
+    ///
+    /// # Errors
+    /// Something holds it.
+    pub fn detach(mut self) -> Result<()> {
         if self.mounted.is_some() {
             self.unmount()?;
         }

@@ -9,35 +9,49 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::{LIMIT, pause};
+use super::pause;
+
+/// Longest that anything is waited for. Only a hang gets there: a busy machine needs a small part of it.
+pub const LIMIT: Duration = Duration::from_secs(120);
 
 /// How a program ended.
 #[derive(Debug)]
-pub(crate) struct Ran {
+pub struct Ran {
     /// The command, for messages.
     command: String,
     /// Exit code; none: killed by a signal.
-    pub(crate) code: Option<i32>,
-    pub(crate) out: String,
-    pub(crate) err: String,
+    pub code: Option<i32>,
+    /// Standard output.
+    pub out: String,
+    /// Standard error.
+    pub err: String,
 }
 
 impl Ran {
     /// Its standard output, if it ended with 0.
-    pub(crate) fn ok(self) -> Result<String> {
+    ///
+    /// # Errors
+    /// How it ended and what it printed.
+    pub fn ok(self) -> Result<String> {
         ensure!(self.code == Some(0), "{self}");
         Ok(self.out)
     }
 
     /// Its standard output as one JSON document, if it ended with 0.
-    pub(crate) fn json(self) -> Result<Value> {
+    ///
+    /// # Errors
+    /// How it ended and what it printed.
+    pub fn json(self) -> Result<Value> {
         let command = self.command.clone();
         let out = self.ok()?;
         serde_json::from_str(&out).with_context(|| format!("{command} printed no JSON document: {out}"))
     }
 
     /// Checks that it failed as `docs` promise: this code, `error: …` that names `part`, and a hint if there must be one.
-    pub(crate) fn refused(&self, code: i32, part: &str, hint: bool) -> Result<()> {
+    ///
+    /// # Errors
+    /// What of it is not so.
+    pub fn refused(&self, code: i32, part: &str, hint: bool) -> Result<()> {
         ensure!(self.code == Some(code), "exit code {code} was expected: {self}");
         let line = self.err.lines().find(|line| line.starts_with("error: "));
         let line = line.with_context(|| format!("no line `error: …`: {self}"))?;
@@ -66,7 +80,10 @@ fn drain(stream: Option<impl Read + Send + 'static>) -> JoinHandle<String> {
 }
 
 /// Runs a program to its end. One that takes longer than `limit` is killed, and that is an error.
-pub(crate) fn run_within(command: &mut Command, limit: Duration) -> Result<Ran> {
+///
+/// # Errors
+/// It cannot be started, or does not end in time.
+pub fn run_within(command: &mut Command, limit: Duration) -> Result<Ran> {
     let shown = format!("{command:?}");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().with_context(|| format!("start {shown}"))?;
@@ -92,30 +109,44 @@ pub(crate) fn run_within(command: &mut Command, limit: Duration) -> Result<Ran> 
 }
 
 /// As [`run_within`] the usual limit.
-pub(crate) fn run(command: &mut Command) -> Result<Ran> {
+///
+/// # Errors
+/// As that.
+pub fn run(command: &mut Command) -> Result<Ran> {
     run_within(command, LIMIT)
 }
 
 /// Runs a program whose success is all that matters; gives what it printed.
-pub(crate) fn call<'a>(program: impl AsRef<Path>, args: impl IntoIterator<Item = &'a str>) -> Result<String> {
+///
+/// # Errors
+/// It cannot be started, or fails.
+pub fn call<'a>(program: impl AsRef<Path>, args: impl IntoIterator<Item = &'a str>) -> Result<String> {
     run(Command::new(program.as_ref()).args(args))?.ok()
 }
 
 /// A program that runs until this is dropped.
-pub(crate) struct Running {
+#[derive(Debug)]
+pub struct Running {
     child: Child,
     name: String,
 }
 
 impl Running {
-    pub(crate) fn start(command: &mut Command) -> Result<Self> {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start(command: &mut Command) -> Result<Self> {
         let name = format!("{command:?}");
         let child = command.stdin(Stdio::null()).spawn().with_context(|| format!("start {name}"))?;
         Ok(Self { child, name })
     }
 
-    /// An error if it ended already.
-    pub(crate) fn check(&mut self) -> Result<()> {
+    /// Looks whether it still runs.
+    ///
+    /// # Errors
+    /// It ended already.
+    pub fn check(&mut self) -> Result<()> {
         match self.child.try_wait().context("look at a program")? {
             None => Ok(()),
             Some(status) => bail!("{} ended early: {status}", self.name),
@@ -123,8 +154,11 @@ impl Running {
     }
 
     /// Waits for its end by itself.
-    pub(crate) fn ended(&mut self) -> Result<()> {
-        super::until(&self.name.clone(), || Ok(self.child.try_wait().context("look at a program")?.map(drop)))
+    ///
+    /// # Errors
+    /// It goes on.
+    pub fn ended(&mut self) -> Result<()> {
+        until(&self.name.clone(), || Ok(self.child.try_wait().context("look at a program")?.map(drop)))
     }
 }
 
@@ -136,8 +170,26 @@ impl Drop for Running {
     }
 }
 
+/// Asks again and again until there is an answer. An error ends it.
+///
+/// # Errors
+/// That of `look`, or no answer within [`LIMIT`].
+pub fn until<T>(what: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let begin = Instant::now();
+    loop {
+        if let Some(answer) = look()? {
+            return Ok(answer);
+        }
+        ensure!(begin.elapsed() < LIMIT, "waited {LIMIT:?} in vain: {what}");
+        pause(Duration::from_millis(10));
+    }
+}
+
 /// Where a program is: on `PATH`, or where Debian keeps what only root or PostgreSQL uses.
-pub(crate) fn find(name: &str, package: &str) -> Result<PathBuf> {
+///
+/// # Errors
+/// It is nowhere; names `package`.
+pub fn find(name: &str, package: &str) -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let postgres = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
     std::env::split_paths(&path)
@@ -145,10 +197,19 @@ pub(crate) fn find(name: &str, package: &str) -> Result<PathBuf> {
         .chain(postgres.map(|version| version.path().join("bin")))
         .map(|folder| folder.join(name))
         .find(|file| file.is_file())
-        .with_context(|| format!("{name} is missing (Debian: {package}); leave this out with `--without clients`"))
+        .with_context(|| format!("{name} is missing (Debian package {package})"))
 }
 
 /// Whether this process is root.
-pub(crate) fn is_root() -> bool {
+#[must_use]
+pub fn is_root() -> bool {
     nix::unistd::Uid::effective().is_root()
+}
+
+/// A path as an argument.
+///
+/// # Errors
+/// It is not UTF-8.
+pub fn text(path: &Path) -> Result<&str> {
+    path.to_str().with_context(|| format!("{} is not UTF-8", path.display()))
 }
