@@ -7,7 +7,9 @@ mod ingest;
 mod mirror;
 mod peers;
 mod replicate;
+mod tee;
 mod views;
+mod wire;
 
 use std::path::PathBuf;
 
@@ -144,6 +146,7 @@ const FIGURES: &[Figure] = &[
     ("sequential", "replicated rate of 128 KiB sequential writes against QEMU's mirror", replicate::sequential),
     ("noise", "replicated rate of incompressible data against a bare QUIC stream", replicate::noise),
     ("rpo", "age of the newest point at 20 MB/s of random writes; the agent's memory", replicate::rpo),
+    ("wire", "bytes on the wire of a pgbench run against zstd -3 of its writes", wire::wire),
     ("ingest", "target alone against fio's sequential direct writes", ingest::ingest),
     ("view", "opening a view of 20 GiB of 4 KiB records; the target's memory", views::view_open),
 ];

@@ -14,11 +14,11 @@ use super::peers::private_memory;
 use super::{Bench, Row};
 use crate::sites::{Sites, SitesConfig};
 
-const GROUP: &str = "bench";
+pub(super) const GROUP: &str = "bench";
 /// What the peer writes where it is too slow for the whole amount.
 const PEER_BYTES: u64 = 256 << 20;
 /// Longest wait for the last write to become recoverable.
-const WAIT_SECONDS: u64 = 600;
+pub(super) const WAIT_SECONDS: u64 = 600;
 
 struct Replicated {
     bytes_per_second: f64,
@@ -26,14 +26,14 @@ struct Replicated {
     status: Value,
 }
 
-fn start(bench: &Bench<'_>) -> Result<Sites> {
+pub(super) fn start(bench: &Bench<'_>) -> Result<Sites> {
     let mut config = SitesConfig::new(std::env::current_exe().context("find this program")?, &bench.dir);
     config.ring = bench.args.ring;
     config.direct_link = true;
     Sites::start(config)
 }
 
-fn status(sites: &Sites) -> Result<Value> {
+pub(super) fn status(sites: &Sites) -> Result<Value> {
     Ok(sites.agent().get(&format!("/v1/status?group={GROUP}"))?[0].clone())
 }
 
@@ -63,7 +63,7 @@ fn replicated(bench: &Bench<'_>, rw: &str, block: u64, depth: u32, compressible:
     Ok(Replicated { bytes_per_second: rate, lag: lag.as_secs_f64(), status })
 }
 
-fn mega(bytes_per_second: f64) -> f64 {
+pub(super) fn mega(bytes_per_second: f64) -> f64 {
     bytes_per_second / 1e6
 }
 
