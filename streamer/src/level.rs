@@ -1,4 +1,4 @@
-//! How hard to compress: harder while the link is what we wait for, less while it is the processor.
+//! How hard to compress: harder while the link is what we wait for or there is little to do, less while it is the processor.
 
 use std::time::Duration;
 
@@ -12,6 +12,9 @@ const LADDER: [Level; 6] = [None, Some(-5), Some(-3), Some(-1), Some(1), Some(3)
 const START: usize = 1;
 /// How often it decides. Several batches, so that one slow acknowledgement decides nothing.
 const INTERVAL: Duration = Duration::from_millis(100);
+/// Up to this share of the workers' time (percent) there is little to do: bytes on the wire and in the journal cost more than
+/// the processor does. Far enough below the share at which a short processor sends it down that one step up does not undo itself.
+const LIGHT: u128 = 10;
 /// Intervals of the same wish before a step up. Down goes at once: a guest pays for the processor.
 const PATIENCE: u32 = 3;
 
@@ -20,6 +23,7 @@ const PATIENCE: u32 = 3;
 /// | link limits | workers busy | processor short | step |
 /// |---|---|---|---|
 /// | ≥ 1/2 of the time | < 60 % | no | up, after three intervals |
+/// | – | some, < 10 % | – | up, after three intervals |
 /// | < 1/2 | > 50 % | – | down |
 /// | – | > 20 % | yes | two down |
 /// | else | | | stay |
@@ -103,7 +107,7 @@ impl LevelControl {
         } else if !limited && busy > 50 {
             self.wishes = 0;
             self.step = self.step.saturating_sub(1);
-        } else if limited && busy < 60 && !short {
+        } else if (limited && busy < 60 && !short) || (0 < busy && busy < LIGHT) {
             self.wishes += 1;
             if self.wishes >= PATIENCE {
                 self.wishes = 0;
@@ -153,12 +157,24 @@ mod tests {
         assert_eq!(control.level(), Some(3), "link and workers both full: balance");
         run(&mut control, &mut now, 3, 100, 40, 50);
         assert_eq!(control.level(), None, "processor short: down within 300 ms");
-        run(&mut control, &mut now, 50, 0, 5, 0);
+        run(&mut control, &mut now, 50, 0, 0, 0);
         assert_eq!(control.level(), None, "idle changes nothing");
+        run(&mut control, &mut now, 50, 0, 15, 0);
+        assert_eq!(control.level(), None, "some load on a fast link changes nothing");
         run(&mut control, &mut now, 3, 90, 5, 0);
         assert_eq!(control.level(), Some(-5));
         run(&mut control, &mut now, 1, 0, 90, 0);
         assert_eq!(control.level(), None, "workers full, link not: down");
+    }
+
+    #[test]
+    fn a_light_load_is_compressed_hard_also_after_a_heavy_one() {
+        let mut now = Now(5);
+        let mut control = LevelControl::new(1, Some(3), now);
+        run(&mut control, &mut now, 3, 0, 90, 50);
+        assert_eq!(control.level(), None, "an initial sync beside a busy guest");
+        run(&mut control, &mut now, 15, 0, 5, 60);
+        assert_eq!(control.level(), Some(3), "a little work, though the guest keeps the processor busy");
     }
 
     #[test]
