@@ -148,7 +148,10 @@ impl Coalescer {
 
     fn uncover<P>(&mut self, entry: &RawEntry<P>) {
         let slots = slots_of(entry.start, entry.sectors);
-        if slots.len() <= self.covered.len() as u64 {
+        if self.covered.len() == 0 {
+            return;
+        }
+        if slots.len() <= self.covered.cells.len() as u64 {
             for (slot, _) in slots {
                 self.covered.forget(key(entry.volume, slot));
             }
