@@ -168,6 +168,9 @@ impl Syncer {
                 differs[usize::try_from(slot - slots.start).expect("at most ZERO_RUN")] = true;
             }
         }
+        if let Some(volume) = self.volumes.get_mut(&question.volume).filter(|_| !question.zero) {
+            differs.iter().for_each(|differs| volume.answers.answered(!differs));
+        }
         let mut at = slots.start;
         for run in differs.chunk_by(|a, b| a == b) {
             let count = run.len() as u64;

@@ -4,8 +4,8 @@
 //!
 //! 1. *Watch*: under a brief range lock (so no write is in flight) its `touched` bit is cleared. From here on a write marks it.
 //! 2. *Read* without a lock.
-//! 3. *Ask* (unless the target holds nothing of the volume): a `Probe` record with the content's id, or a `ProbeZero` for
-//!    ranges that are zero; the target compares at that ticket and answers. The answer counts only if the slot is still
+//! 3. *Ask* (unless the target holds nothing of the volume, or hardly any answer of late was "equal"): a `Probe` record with the
+//!    content's id, or a `ProbeZero` for ranges that are zero; the target compares at that ticket and answers. The answer counts only if the slot is still
 //!    untouched: then the content at the ticket was the content read, and every write since is behind it in the stream.
 //!    "Equal" clears the bit.
 //! 4. *Send*: read into a cell; then, under a brief range lock and only if untouched, claim `SyncData` and move the bit to *in
@@ -142,6 +142,8 @@ pub struct Syncer {
     /// Bits may have been set, or slots become free, since the last look.
     look: bool,
     next_look: Now,
+    /// When questions without an answer are looked for next.
+    next_late: Now,
     /// The last turn ended before its work did.
     again: bool,
     run: Run,
@@ -160,6 +162,34 @@ struct SyncVolume {
     fresh: bool,
     /// The last look found nothing missing.
     clean: bool,
+    /// What the last answers said.
+    answers: Experience,
+}
+
+/// Whether asking pays: a question costs a read, a hash on both sides and a round trip, and saves a slot's bytes if the answer is
+/// "equal". After an unclean stop nearly all is equal; after a full ring nearly nothing is. Sending what was not asked about is
+/// always right, so this is about cost alone.
+#[derive(Clone, Copy, Debug)]
+struct Experience {
+    /// One bit for each of the last 64 answers: set if it was "equal".
+    equal: u64,
+}
+
+impl Experience {
+    /// Before the first answers: ask.
+    const NONE: Self = Self { equal: u64::MAX };
+    /// Fewer equal ones of the last 64 answers than this: not worth a question.
+    const WORTH: u32 = 4;
+    /// Where asking does not pay, one in so many slots is asked about, to notice when it would.
+    const SAMPLE: u64 = 16;
+
+    fn answered(&mut self, equal: bool) {
+        self.equal = self.equal << 1 | u64::from(equal);
+    }
+
+    fn asks(self, slot: u64) -> bool {
+        self.equal.count_ones() >= Self::WORTH || slot.is_multiple_of(Self::SAMPLE)
+    }
 }
 
 /// A question under way.
@@ -212,6 +242,7 @@ impl Syncer {
             no_room: false,
             look: true,
             next_look: Now(0),
+            next_late: Now(0),
             again: false,
             run: Run::default(),
         }
@@ -249,6 +280,7 @@ impl Syncer {
             cursor: 0,
             fresh: false,
             clean: false,
+            answers: Experience::NONE,
         };
         if sync.volume.in_flight.next_set(0).is_some() {
             self.group.take_back(&sync.volume);
@@ -370,7 +402,8 @@ impl Syncer {
     /// When to call [`Self::poll`] at the latest if nothing else happens. `None`: nothing to do before the next input.
     #[must_use]
     pub fn poll_deadline(&self) -> Option<Now> {
-        let mut deadline = self.next_look.max(self.now);
+        // A look that is due is made by `poll`, if it can be: where it could not (no link, no task free), time changes nothing.
+        let mut deadline = if self.next_look > self.now { self.next_look } else { self.now.plus(RESCAN) };
         if self.again {
             deadline = self.now;
         }
@@ -490,13 +523,9 @@ impl Syncer {
 
     /// Time limits.
     fn expire(&mut self) {
-        let timeout = self.config.answer_timeout;
-        let late = |question: &Question| question.durable.is_some_and(|since| self.now.since(since) > timeout);
-        let late: Vec<u64> = self.questions.iter().filter(|(_, q)| late(q)).map(|(position, _)| *position).collect();
-        for position in late {
-            let question = self.questions.remove(&position).expect("collected above");
-            tracing::warn!(volume = question.volume, position, "no answer to a compare; asking again");
-            self.release(question.volume, question.first, question.count);
+        if self.next_late <= self.now {
+            self.next_late = self.now.plus(RESCAN);
+            self.ask_again();
         }
         for (op, task) in (0_u16..).zip(&mut self.tasks) {
             let Some(task) = task else { continue };
@@ -504,6 +533,18 @@ impl Syncer {
             if let Some(volume) = self.volumes.get(&task.volume) {
                 volume.owner.unlock(op, range);
             }
+        }
+    }
+
+    /// Questions whose answer does not come.
+    fn ask_again(&mut self) {
+        let timeout = self.config.answer_timeout;
+        let late = |question: &Question| question.durable.is_some_and(|since| self.now.since(since) > timeout);
+        let late: Vec<u64> = self.questions.iter().filter(|(_, q)| late(q)).map(|(position, _)| *position).collect();
+        for position in late {
+            let question = self.questions.remove(&position).expect("collected above");
+            tracing::warn!(volume = question.volume, position, "no answer to a compare; asking again");
+            self.release(question.volume, question.first, question.count);
         }
     }
 

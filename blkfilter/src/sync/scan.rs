@@ -46,13 +46,13 @@ impl Syncer {
             // A write is in flight to it: the slot's own job deals with that.
             volume.take(first, 1);
             volume.cursor = first + 1;
-            let probe = volume.asks();
+            let probe = volume.asks() && volume.answers.asks(first);
             self.jobs.push_back(Job::Read { volume: index, slot: first, probe, tries: 1, watched: false });
             return;
         };
         volume.take(first, count);
         volume.cursor = first + count;
-        let probe = volume.asks();
+        let (probe, answers) = (volume.asks(), volume.answers);
         // Asked (again) only now that the slots are watched: what is zero now and is not touched later, is zero then.
         let mut at = first;
         for run in volume.zero_slots(first, count).chunk_by(|a, b| a == b) {
@@ -60,7 +60,10 @@ impl Syncer {
             if run[0] {
                 self.jobs.push_back(Job::Zero { volume: index, first: at, count, probe, tries: 0 });
             } else {
-                let read = |slot| Job::Read { volume: index, slot, probe, tries: 0, watched: true };
+                let read = |slot| {
+                    let probe = probe && answers.asks(slot);
+                    Job::Read { volume: index, slot, probe, tries: 0, watched: true }
+                };
                 self.jobs.extend((at..at + count).map(read));
             }
             at += count;

@@ -120,6 +120,49 @@ fn different_content_is_repaired() {
     assert_eq!(rig.replica.count(Kind::SyncData) + rig.replica.count(Kind::SyncZero), sent + 5, "nothing else is sent");
 }
 
+/// Goal: where nearly every answer is "differs", sync soon sends without asking; it goes on asking now and then, and asks again
+/// about everything where answers are "equal" again.
+#[test]
+fn questions_that_do_not_pay_are_not_asked() {
+    let mut rig = Rig::new(5, Config { slots: 256, ..one_volume() });
+    rig.settle();
+    // The last one is not a whole slot.
+    for slot in 0..255 {
+        fill(&mut rig, slot);
+    }
+    let ask = |rig: &mut Rig, spoil: bool| {
+        if spoil {
+            rig.replica.images.get_mut(&0).expect("there").iter_mut().for_each(|byte| *byte ^= 1);
+        }
+        let before = rig.replica.count(Kind::Probe);
+        rig.group.resync(VolumeIndex(0)).expect("it is there");
+        rig.settle();
+        rig.check_equal();
+        rig.replica.count(Kind::Probe) - before
+    };
+    let all = ask(&mut rig, false);
+    assert!(all >= 255, "all is equal: all is asked, not {all}");
+    let asked = ask(&mut rig, true);
+    assert!((61..192).contains(&asked), "{asked} questions where nothing is equal");
+    let asked = ask(&mut rig, true);
+    assert!((16..32).contains(&asked), "{asked} questions: one in sixteen");
+    ask(&mut rig, false);
+    assert_eq!(ask(&mut rig, false), all, "equal again: all is asked");
+}
+
+/// Goal: where sync can do nothing (no link, ring closed), time alone does not wake it in a loop.
+#[test]
+fn without_a_link_sync_sleeps() {
+    let mut rig = with_missing(6, 3);
+    rig.break_link();
+    for _ in 0..3 {
+        run_sync(&mut rig);
+        let deadline = rig.syncer.poll_deadline().expect("something is missing");
+        assert!(deadline > rig.now(), "called again at once, with nothing to do");
+        rig.step += 200;
+    }
+}
+
 /// Goal: "equal" said of content that a write has changed since the read is not believed.
 #[test]
 fn an_answer_that_comes_after_a_write_does_not_count() {
