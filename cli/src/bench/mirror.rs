@@ -73,7 +73,7 @@ impl Mirror {
         let export = dir.join("source.nbd");
         let mut command = daemon(&source_socket, &front);
         command.args(["--nbd-server", &format!("addr.type=unix,addr.path={}", export.display())]);
-        command.args(["--export", "nbd,id=export0,node-name=disk0,writable=on"]);
+        command.args(["--export", "nbd,id=export0,node-name=disk0,name=,writable=on"]);
         let source = Peer::start(command, &source_socket)?;
         let mut control = Control::open(&source_socket)?;
         control.call(
