@@ -4,15 +4,15 @@ use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use crate::backing::{seek_data, seek_hole};
 use crate::device_file::DeviceFile;
-use crate::{BackingOptions, Device, Direct, OpenMode, Storage, StorageFile, open_backing};
+use crate::{AlignedBuf, BackingOptions, Device, Direct, OpenMode, Storage, StorageFile, open_backing};
 
 /// Folders remembered as durable; beyond it all are forgotten, and synced once more when they are asked for again (I11).
 const FOLDERS_MAX: usize = 1 << 16;
@@ -79,7 +79,7 @@ impl Storage for DirStorage {
         let write = mode != OpenMode::Read;
         let create = mode == OpenMode::CreateNew;
         let file = OpenOptions::new().read(true).write(write).create_new(create).open(path)?;
-        Ok(Arc::new(DirFile(Inner::File(file))))
+        Ok(Arc::new(DirFile(Inner::File(PlainFile::new(file)))))
     }
 
     fn create_dir_all(&self, path: &Path) -> io::Result<()> {
@@ -172,42 +172,86 @@ pub struct DirFile(Inner);
 
 #[derive(Debug)]
 enum Inner {
-    File(File),
+    File(PlainFile),
     Device(DeviceFile),
+}
+
+/// A regular file. Long aligned writes go past the page cache: what is written once and read rarely (a journal) would be copied
+/// there and push out what is read often, and a page of the cache costs more than the write it saves. All else is cached; the
+/// kernel keeps both in step, and `fdatasync` covers both.
+#[derive(Debug)]
+struct PlainFile {
+    file: File,
+    /// The same file without a cache, opened at the first long write; none where the file system has no such thing.
+    direct: OnceLock<Option<File>>,
+}
+
+/// Shortest write that goes past the cache, in bytes. Below it the cache's copy is cheaper than waiting for the device.
+const DIRECT_MIN: usize = 64 << 10;
+
+impl PlainFile {
+    fn new(file: File) -> Self {
+        Self { file, direct: OnceLock::new() }
+    }
+
+    fn direct(&self) -> Option<&File> {
+        let open = || {
+            // By its descriptor: the file may have been renamed.
+            let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(path).ok()
+        };
+        self.direct.get_or_init(open).as_ref()
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        let long = buf.len() / AlignedBuf::ALIGN * AlignedBuf::ALIGN;
+        let aligned =
+            offset.is_multiple_of(AlignedBuf::ALIGN as u64) && buf.as_ptr().addr().is_multiple_of(AlignedBuf::ALIGN);
+        if long < DIRECT_MIN || !aligned {
+            return self.file.write_all_at(buf, offset);
+        }
+        let Some(direct) = self.direct() else { return self.file.write_all_at(buf, offset) };
+        match direct.write_all_at(&buf[..long], offset) {
+            Ok(()) => self.file.write_all_at(&buf[long..], offset + long as u64),
+            // Coarser rules than ours: the cache knows none.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.file.write_all_at(buf, offset),
+            Err(error) => Err(error),
+        }
+    }
 }
 
 impl StorageFile for DirFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         match &self.0 {
-            Inner::File(file) => file.read_exact_at(buf, offset),
+            Inner::File(plain) => plain.file.read_exact_at(buf, offset),
             Inner::Device(device) => device.read_at(buf, offset),
         }
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         match &self.0 {
-            Inner::File(file) => file.write_all_at(buf, offset),
+            Inner::File(file) => file.write_at(buf, offset),
             Inner::Device(device) => device.write_at(buf, offset),
         }
     }
 
     fn sync(&self) -> io::Result<()> {
         match &self.0 {
-            Inner::File(file) => file.sync_data(),
+            Inner::File(plain) => plain.file.sync_data(),
             Inner::Device(device) => device.sync(),
         }
     }
 
     fn len(&self) -> io::Result<u64> {
         match &self.0 {
-            Inner::File(file) => Ok(file.metadata()?.len()),
+            Inner::File(plain) => Ok(plain.file.metadata()?.len()),
             Inner::Device(device) => Ok(device.size()),
         }
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         match &self.0 {
-            Inner::File(file) => file.set_len(len),
+            Inner::File(plain) => plain.file.set_len(len),
             Inner::Device(device) if device.size() == len => Ok(()),
             Inner::Device(_) => Err(io::Error::new(io::ErrorKind::InvalidInput, "a device keeps its size")),
         }
@@ -215,7 +259,7 @@ impl StorageFile for DirFile {
 
     fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
         let file = match &self.0 {
-            Inner::File(file) => file,
+            Inner::File(plain) => &plain.file,
             Inner::Device(device) => return device.zero(offset, len),
         };
         let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
@@ -226,8 +270,8 @@ impl StorageFile for DirFile {
     }
 
     fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
-        let Inner::File(file) = &self.0 else { return Ok(()) };
-        match allocate(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, offset, len) {
+        let Inner::File(plain) = &self.0 else { return Ok(()) };
+        match allocate(&plain.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, offset, len) {
             // There is nothing to be had from such a file system; its space is found when it is written.
             Err(error) if is_unsupported(&error) => Ok(()),
             other => other,
@@ -236,14 +280,14 @@ impl StorageFile for DirFile {
 
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
         match &self.0 {
-            Inner::File(file) => seek_data(file.as_fd(), offset),
+            Inner::File(plain) => seek_data(plain.file.as_fd(), offset),
             Inner::Device(device) => Ok((offset < device.size()).then_some(offset)),
         }
     }
 
     fn next_hole(&self, offset: u64) -> io::Result<u64> {
         match &self.0 {
-            Inner::File(file) => Ok(seek_hole(file.as_fd(), offset)?.unwrap_or(offset)),
+            Inner::File(plain) => Ok(seek_hole(plain.file.as_fd(), offset)?.unwrap_or(offset)),
             Inner::Device(device) => Ok(device.size().max(offset)),
         }
     }
@@ -251,13 +295,13 @@ impl StorageFile for DirFile {
     fn allocated(&self) -> io::Result<u64> {
         match &self.0 {
             // Of 512 bytes each, whatever the file system's block.
-            Inner::File(file) => Ok(file.metadata()?.blocks() * 512),
+            Inner::File(plain) => Ok(plain.file.metadata()?.blocks() * 512),
             Inner::Device(device) => Ok(device.size()),
         }
     }
 
     fn start_writeback(&self, offset: u64, len: u64) {
-        let Inner::File(file) = &self.0 else { return };
+        let Inner::File(PlainFile { file, .. }) = &self.0 else { return };
         let (Ok(offset), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) else { return };
         // SAFETY: the descriptor is open for the borrow of `file`; no memory is passed. A hint: errors do not matter.
         let _ = unsafe { libc::sync_file_range(file.as_raw_fd(), offset, len, libc::SYNC_FILE_RANGE_WRITE) };

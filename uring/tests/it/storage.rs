@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use farshore_uring::sim::{SimRng, SimStorage};
-use farshore_uring::{DirStorage, OpenMode, Storage, StorageFile, replace_file, replace_files};
+use farshore_uring::{AlignedBuf, DirStorage, OpenMode, Storage, StorageFile, replace_file, replace_files};
 
 fn on_both(check: impl Fn(&dyn Fn() -> Kind) -> io::Result<()>) -> io::Result<()> {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
@@ -203,6 +203,38 @@ fn check_content<S: Storage>(storage: &S) -> io::Result<()> {
     let reader = storage.open(Path::new("file"), OpenMode::Read)?;
     assert!(reader.write_at(b"x", 0).is_err() && reader.set_len(0).is_err(), "opened for reading");
     assert_eq!(reader.len()?, 8);
+    Ok(())
+}
+
+/// Goal: writes past the cache (long and aligned) and cached ones (all else) to the same pages are seen in the order in which they
+/// were made, through the cache and after a new opening. Method: both kinds at random, against bytes in memory.
+#[test]
+fn long_writes_and_short_ones_agree() -> io::Result<()> {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let storage = DirStorage::open(folder.path())?;
+    let path = Path::new("file");
+    let file = storage.open(path, OpenMode::CreateNew)?;
+    let mut rng = SimRng::new(7);
+    let mut content = vec![0; 1 << 20];
+    file.set_len(content.len() as u64)?;
+    let mut buffer = AlignedBuf::zeroed(400 << 10);
+    for round in 0..200u32 {
+        let len = if round % 2 == 0 { (64 << 10) + rng.index(300 << 10) } else { 1 + rng.index(9000) };
+        let at = rng.index(content.len() - len);
+        let at = if round % 4 < 2 { at / 4096 * 4096 } else { at };
+        buffer[..len].iter_mut().for_each(|byte| *byte = u8::try_from(rng.index(256)).unwrap_or(0));
+        file.write_at(&buffer[..len], at as u64)?;
+        content[at..at + len].copy_from_slice(&buffer[..len]);
+        let from = rng.index(content.len() - 5000);
+        let mut read = vec![0; 5000];
+        file.read_at(&mut read, from as u64)?;
+        assert!(read == content[from..from + 5000], "round {round}: the bytes at {from} differ");
+    }
+    file.sync()?;
+    let mut read = vec![0; content.len()];
+    storage.open(path, OpenMode::Read)?.read_at(&mut read, 0)?;
+    assert!(read == content, "what was opened anew differs");
+    assert_eq!(file.len()?, content.len() as u64);
     Ok(())
 }
 
