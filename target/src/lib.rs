@@ -21,6 +21,7 @@ pub mod journal;
 pub mod keys;
 pub mod lane;
 pub mod lease;
+mod pace;
 pub mod points;
 mod scan;
 pub mod segment;

@@ -27,6 +27,7 @@ use crate::group::GroupHost;
 use crate::ingest::BatchBuf;
 use crate::keys::TargetKeys;
 use crate::lane::{Lane, Output, SessionId};
+use crate::pace::Pace;
 use crate::retention::{Mover, Step};
 use crate::target::{Peer, StreamKey, Target};
 
@@ -381,28 +382,30 @@ fn run_lane<S: Storage>(shared: &Shared<S>, lane: &Lane<S>, woken: &Receiver<()>
 struct Chores<S: Storage> {
     stream: Arc<GroupHost<S>>,
     checker: Checker<S>,
+    pace: Pace,
     mover: Mover<S, GroupHost<S>>,
 }
 
 fn run_background<S: Storage>(shared: &Shared<S>) {
     let mut all: BTreeMap<StreamKey, Chores<S>> = BTreeMap::new();
     while !shared.stopping() {
-        let mut worked = false;
+        // No work is announced to this thread: it looks now and then.
+        let mut wait = IDLE.min(SLEEP_MAX);
         for (key, lane) in shared.target.lanes() {
             let stream = Arc::clone(lane.stream());
             let chores = all.entry(key).or_insert_with(|| Chores {
                 checker: Checker::new(Arc::clone(&stream)),
+                pace: Pace::new(shared.clock.now()),
                 mover: Mover::new(Arc::clone(&stream)),
                 stream,
             });
-            worked |= chores.step(&shared.stop, shared.clock.wall());
+            wait = wait.min(chores.step(&shared.stop, &shared.clock));
             if shared.stopping() {
                 break;
             }
         }
-        if !worked {
-            // No work is announced to this thread: it looks once a second.
-            std::thread::park_timeout(IDLE.min(SLEEP_MAX));
+        if !wait.is_zero() && !shared.stopping() {
+            std::thread::park_timeout(wait);
         }
     }
     for chores in all.values_mut() {
@@ -413,18 +416,24 @@ fn run_background<S: Storage>(shared: &Shared<S>) {
 }
 
 impl<S: Storage> Chores<S> {
-    /// One bounded step of each; `true`: there may be more at once.
-    fn step(&mut self, stop: &AtomicBool, wall: WallTime) -> bool {
+    /// One bounded step of each; gives the time after which there may be more to do.
+    fn step(&mut self, stop: &AtomicBool, clock: &Clock) -> Duration {
         let subject = self.stream.id.subject();
-        let checked = self.checker.step().unwrap_or_else(|error| {
-            tracing::warn!(stream = subject, %error, "the frame check could not go on");
-            Progress::Idle
-        });
+        let mut wait = self.pace.wait(clock.now(), self.stream.counters.received_bytes.value());
+        if wait.is_zero() {
+            let begin = clock.now();
+            let checked = self.checker.step().unwrap_or_else(|error| {
+                tracing::warn!(stream = subject, %error, "the frame check could not go on");
+                Progress::Idle
+            });
+            self.pace.worked(begin, clock.now());
+            wait = if checked == Progress::Idle { IDLE } else { Duration::ZERO };
+        }
         let merged = self.stream.index.maintain(stop).unwrap_or_else(|error| {
             tracing::warn!(stream = subject, %error, "the index could not be merged");
             false
         });
-        let moved = match self.mover.step(wall) {
+        let moved = match self.mover.step(clock.wall()) {
             Ok(step) => {
                 self.stream.alarms.clear(AlarmCode::RetentionStopped, &subject);
                 step != Step::Idle
@@ -434,6 +443,6 @@ impl<S: Storage> Chores<S> {
                 false
             }
         };
-        checked == Progress::Worked || merged || moved
+        if merged || moved { Duration::ZERO } else { wait }
     }
 }
