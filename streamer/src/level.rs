@@ -6,10 +6,14 @@ use farshore_proto::Now;
 
 use crate::seal::Level;
 
-/// Levels from the cheapest. Between none and −5 lies the largest step in cost; above 3, zstd gains little on 64 KiB.
-const LADDER: [Level; 6] = [None, Some(-5), Some(-3), Some(-1), Some(1), Some(3)];
+/// Levels from the cheapest; above 3, zstd gains little on 64 KiB.
+const LADDER: [Level; 6] = [None, Some(-20), Some(-7), Some(-1), Some(1), Some(3)];
+/// How far down it goes by itself. Not to none: a byte on the wire costs more of the processor (sealing, QUIC, the copy into the
+/// kernel) than zstd takes for a byte at −20, and what does not look as if it could shrink is not tried at any level
+/// (`docs/decisions/0007-never-uncompressed.md`).
+const FLOOR: usize = 1;
 /// Where it begins: cheap, and right for the link that protection usually has.
-const START: usize = 1;
+const START: usize = 2;
 /// How often it decides. Several batches, so that one slow acknowledgement decides nothing.
 const INTERVAL: Duration = Duration::from_millis(100);
 /// Up to this share of the workers' time (percent) there is little to do: bytes on the wire and in the journal cost more than
@@ -103,10 +107,10 @@ impl LevelControl {
     fn decide(&mut self, limited: bool, busy: u128, short: bool) {
         if short && busy > 20 {
             self.wishes = 0;
-            self.step = self.step.saturating_sub(2);
+            self.down(2);
         } else if !limited && busy > 50 {
             self.wishes = 0;
-            self.step = self.step.saturating_sub(1);
+            self.down(1);
         } else if (limited && busy < 60 && !short) || (0 < busy && busy < LIGHT) {
             self.wishes += 1;
             if self.wishes >= PATIENCE {
@@ -116,6 +120,10 @@ impl LevelControl {
         } else {
             self.wishes = 0;
         }
+    }
+
+    fn down(&mut self, steps: usize) {
+        self.step = self.step.saturating_sub(steps).max(FLOOR.min(self.cap));
     }
 
     /// When to call [`Self::handle_timeout`] while there is work.
@@ -148,23 +156,23 @@ mod tests {
     fn a_slow_link_raises_and_a_short_processor_drops() {
         let mut now = Now(5);
         let mut control = LevelControl::new(1, Some(3), now);
-        assert_eq!(control.level(), Some(-5));
-        run(&mut control, &mut now, 3, 90, 10, 0);
-        assert_eq!(control.level(), Some(-3), "one step after three intervals");
+        assert_eq!(control.level(), Some(-7));
+        run(&mut control, &mut now, 3, 90, 15, 0);
+        assert_eq!(control.level(), Some(-1), "one step after three intervals");
         run(&mut control, &mut now, 30, 90, 30, 0);
         assert_eq!(control.level(), Some(3), "as hard as it goes");
         run(&mut control, &mut now, 10, 90, 80, 0);
         assert_eq!(control.level(), Some(3), "link and workers both full: balance");
-        run(&mut control, &mut now, 3, 100, 40, 50);
-        assert_eq!(control.level(), None, "processor short: down within 300 ms");
+        run(&mut control, &mut now, 2, 100, 40, 50);
+        assert_eq!(control.level(), Some(-20), "processor short: down within 200 ms, and no further");
         run(&mut control, &mut now, 50, 0, 0, 0);
-        assert_eq!(control.level(), None, "idle changes nothing");
+        assert_eq!(control.level(), Some(-20), "idle changes nothing");
         run(&mut control, &mut now, 50, 0, 15, 0);
-        assert_eq!(control.level(), None, "some load on a fast link changes nothing");
-        run(&mut control, &mut now, 3, 90, 5, 0);
-        assert_eq!(control.level(), Some(-5));
-        run(&mut control, &mut now, 1, 0, 90, 0);
-        assert_eq!(control.level(), None, "workers full, link not: down");
+        assert_eq!(control.level(), Some(-20), "some load on a fast link changes nothing");
+        run(&mut control, &mut now, 3, 90, 15, 0);
+        assert_eq!(control.level(), Some(-7));
+        run(&mut control, &mut now, 9, 0, 90, 0);
+        assert_eq!(control.level(), Some(-20), "workers full, link not: down, but never to none");
     }
 
     #[test]
@@ -172,18 +180,22 @@ mod tests {
         let mut now = Now(5);
         let mut control = LevelControl::new(1, Some(3), now);
         run(&mut control, &mut now, 3, 0, 90, 50);
-        assert_eq!(control.level(), None, "an initial sync beside a busy guest");
-        run(&mut control, &mut now, 15, 0, 5, 60);
+        assert_eq!(control.level(), Some(-20), "an initial sync beside a busy guest");
+        run(&mut control, &mut now, 12, 0, 5, 60);
         assert_eq!(control.level(), Some(3), "a little work, though the guest keeps the processor busy");
     }
 
     #[test]
     fn the_cap_holds() {
         let mut now = Now(0);
-        for (max, expected) in [(None, None), (Some(-5), Some(-5)), (Some(0), Some(-1)), (Some(19), Some(3))] {
+        for (max, expected) in
+            [(None, None), (Some(-50), None), (Some(-5), Some(-7)), (Some(0), Some(-1)), (Some(19), Some(3))]
+        {
             let mut control = LevelControl::new(2, max, now);
             run(&mut control, &mut now, 40, 100, 0, 0);
             assert_eq!(control.level(), expected);
+            run(&mut control, &mut now, 40, 0, 100, 100);
+            assert!(control.level() <= expected, "{max:?}");
         }
     }
 }
