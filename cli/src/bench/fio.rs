@@ -15,6 +15,8 @@ pub(super) struct Fio<'a> {
     pub depth: u32,
     /// Bytes of the area, each block once.
     pub size: u64,
+    /// Bytes to write, where that is less than the area.
+    pub amount: Option<u64>,
     /// Run for this long, over and over the area.
     pub seconds: Option<u64>,
     /// Share of each block that compresses, in percent.
@@ -80,6 +82,9 @@ impl Fio<'_> {
         add("numjobs", self.jobs.to_string());
         add("buffer_compress_percentage", self.compressible.to_string());
         add("buffer_compress_chunk", self.block.min(4096).to_string());
+        if let Some(amount) = self.amount {
+            add("io_size", amount.to_string());
+        }
         if let Some(seconds) = self.seconds {
             add("runtime", seconds.to_string());
             list.push("--time_based".into());

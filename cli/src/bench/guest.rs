@@ -34,6 +34,7 @@ fn random_writes(socket: &std::path::Path, size: u64, seconds: u64) -> Result<Fi
         block: 4096,
         depth: 32,
         size,
+        amount: None,
         seconds: Some(seconds),
         compressible: 50,
         rate: None,

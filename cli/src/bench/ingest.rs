@@ -182,6 +182,7 @@ fn plain(bench: &Bench<'_>, bytes: u64) -> Result<f64> {
         block,
         depth: 8,
         size: bytes / block * block,
+        amount: None,
         seconds: None,
         compressible: 0,
         rate: None,

@@ -18,6 +18,7 @@ pub(super) struct Mirror {
     _target: Peer,
     control: Control,
     export: PathBuf,
+    size: u64,
 }
 
 /// A QMP connection.
@@ -88,7 +89,7 @@ impl Mirror {
             job["granularity"] = json!(granularity);
         }
         control.call("blockdev-mirror", &job)?;
-        let mut mirror = Self { source, _target: target, control, export };
+        let mut mirror = Self { source, _target: target, control, export, size };
         mirror.wait()?;
         Ok(mirror)
     }
@@ -115,7 +116,8 @@ impl Mirror {
             rw,
             block,
             depth,
-            size: bytes,
+            size: self.size,
+            amount: Some(bytes),
             seconds: None,
             compressible: 50,
             rate: None,

@@ -48,6 +48,7 @@ fn replicated(bench: &Bench<'_>, rw: &str, block: u64, depth: u32, compressible:
         block,
         depth,
         size: bench.args.size,
+        amount: None,
         seconds: None,
         compressible,
         rate: None,
@@ -76,13 +77,13 @@ fn mirror(
     depth: u32,
     bytes: u64,
 ) -> Result<f64> {
-    let mut peer = Mirror::start(&bench.dir.join(name), bytes, granularity)?;
+    let mut peer = Mirror::start(&bench.dir.join(name), bench.args.size, granularity)?;
     peer.replicated_rate(rw, block, depth, bytes).with_context(|| format!("mirror by process {}", peer.pid()))
 }
 
 pub(super) fn random(bench: &Bench<'_>) -> Result<Vec<Row>> {
     let bytes = bench.args.size.min(PEER_BYTES);
-    let fine = mirror(bench, "fine", Some(4096), "randwrite", 4096, 32, bench.args.size)?;
+    let fine = mirror(bench, "fine", Some(4096), "randwrite", 4096, 32, bytes)?;
     let coarse = mirror(bench, "coarse", None, "randwrite", 4096, 32, bytes)?;
     let ours = replicated(bench, "randwrite", 4096, 32, 50)?;
     let rate = mega(ours.bytes_per_second);
@@ -153,6 +154,7 @@ fn sample_under_load(sites: &Sites, socket: &Path, bench: &Bench<'_>) -> Result<
             block: 4096,
             depth: 32,
             size,
+            amount: None,
             seconds: Some(seconds),
             compressible: 50,
             rate: Some(20_000_000),
