@@ -73,7 +73,9 @@ fn serve(
     for event in events {
         let id = match event {
             TargetEvent::Control { session: id, bytes } => {
-                let said = session.handle_control(&bytes, |_, _| Some(config.host_key.answer_key())).expect("an honest source");
+                let said = session
+                    .handle_control(&bytes, |_, _| Some(config.host_key.answer_key()))
+                    .expect("an honest source");
                 if let Some(Said::Hello(_)) = said {
                     session.welcome(Welcome {
                         generation: Generation(1),

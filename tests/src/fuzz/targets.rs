@@ -215,8 +215,7 @@ fn source_message_seeds() -> Vec<Vec<u8>> {
         volumes: vec![volume()],
     };
     let keyed = SourceMessage::KeyedHello { epoch: KeyEpoch(3), hello: hello.clone() };
-    let messages =
-        [SourceMessage::Hello(hello), keyed, SourceMessage::Volumes(vec![volume()]), SourceMessage::Ping(7)];
+    let messages = [SourceMessage::Hello(hello), keyed, SourceMessage::Volumes(vec![volume()]), SourceMessage::Ping(7)];
     messages.iter().map(|m| m.encode().expect("a short message")).collect()
 }
 
