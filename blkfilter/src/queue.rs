@@ -221,8 +221,9 @@ impl FilterQueue {
             },
             Stage::Waiting(_) | Stage::Moving => unreachable!("only what was submitted ends"),
         };
-        let change = self.ops[usize::from(op)].take().expect("in flight");
         let result = result.map_err(|error| errno(&error));
+        // It stays in its place until ticket or mark is there: what a panic leaves there is marked when the queue is dropped.
+        let change = self.ops[usize::from(op)].as_ref().expect("in flight");
         if let Some(capture) = &mut self.capture {
             let desc = Desc {
                 kind: kind as u8,
@@ -239,6 +240,7 @@ impl FilterQueue {
             // Only now: ticket or mark is there.
             capture.owner.unlock(op, change.range());
         }
+        let change = self.ops[usize::from(op)].take().expect("in flight");
         self.free.push(op);
         self.end(change.tag, result, None);
         self.go_on(io);

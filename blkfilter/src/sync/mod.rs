@@ -414,7 +414,8 @@ impl Syncer {
             deadline = deadline.min(self.allowed);
         }
         let tasks = self.tasks.iter().flatten().filter_map(Task::deadline);
-        let jobs = self.delayed.iter().map(|(at, _)| *at);
+        // Only `work` takes them.
+        let jobs = self.delayed.iter().filter(|_| self.running()).map(|(at, _)| *at);
         Some(tasks.chain(jobs).fold(deadline, Now::min))
     }
 
