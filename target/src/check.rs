@@ -21,6 +21,8 @@ use crate::segments::SegmentInfo;
 /// Contents are leased from this many newest segments: 1 GiB of journal. Older ones are soon dropped by retention, and a
 /// lease would hold that up.
 const LEASE_SEGMENTS: usize = 8;
+/// From so many segments on that are not checked to their end, the check is behind: soon it would lease nothing.
+const BEHIND_SEGMENTS: usize = LEASE_SEGMENTS - 2;
 /// Batches after which the place of the check is made durable; checking as many again after a restart costs little.
 const STORE_EVERY: u64 = 4096;
 
@@ -86,6 +88,12 @@ impl<S: Storage> Checker<S> {
             Err(_) => self.skip_damage(&scan, &info, at)?,
         }
         Ok(Progress::Worked)
+    }
+
+    /// So much is unchecked that it has to catch up.
+    pub(crate) fn is_behind(&self) -> bool {
+        let unchecked = self.stream.segments.list().into_iter().rev().take_while(|segment| segment.last > self.done);
+        unchecked.take(BEHIND_SEGMENTS).count() == BEHIND_SEGMENTS
     }
 
     /// The segment and byte of the first entry not checked yet.

@@ -419,7 +419,8 @@ impl<S: Storage> Chores<S> {
     /// One bounded step of each; gives the time after which there may be more to do.
     fn step(&mut self, stop: &AtomicBool, clock: &Clock) -> Duration {
         let subject = self.stream.id.subject();
-        let mut wait = self.pace.wait(clock.now(), self.stream.counters.received_bytes.value());
+        let mut wait =
+            self.pace.wait(clock.now(), self.stream.counters.received_bytes.value(), self.checker.is_behind());
         if wait.is_zero() {
             let begin = clock.now();
             let checked = self.checker.step().unwrap_or_else(|error| {
