@@ -152,7 +152,7 @@ fn every_point_is_a_consistent_database() {
 
 /// The run: load, bookmarks, a cut link, a killed target.
 fn live(rig: &mut Rig, cluster: &Cluster, record: &Record) -> Result<()> {
-    let seconds = number("FARSHORE_PG_SECONDS", 20)?;
+    let seconds = number("FARSHORE_PG_SECONDS", 60)?;
     let part = Duration::from_secs(seconds) / 6;
     std::thread::scope(|scope| {
         let inserts = scope.spawn(|| {
@@ -198,7 +198,7 @@ fn chosen(rig: &Rig, ready: WallTime) -> Result<Vec<Value>> {
     ensure!(chosen.len() == 3, "three bookmarks were made: {chosen:?}");
     chosen.extend(points.last().cloned());
     let mut random = SimRng::new(number("FARSHORE_SEED", 1)?);
-    for _ in 0..number("FARSHORE_PG_POINTS", 5)? {
+    for _ in 0..number("FARSHORE_PG_POINTS", 20)? {
         chosen.push(points[random.index(points.len())].clone());
     }
     Ok(chosen)
