@@ -20,6 +20,7 @@
 //! device cannot tell, so it is the hashes that say what a zeroing need not touch.
 
 mod format;
+mod identity;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -112,8 +113,8 @@ impl<S: Storage> Base<S> {
     /// Opens the base of a volume on a device, or begins one: then the device must be blank.
     ///
     /// # Errors
-    /// [`Kind::Refused`] for a device that is too small, or that is not blank though no base was begun on it; otherwise as
-    /// [`Self::open_or_create`].
+    /// [`Kind::Refused`] for a device that is too small, that is not blank though no base was begun on it, or that does not hold
+    /// what the hashes say; otherwise as [`Self::open_or_create`].
     pub fn open_on_device(
         storage: S,
         folder: PathBuf,
@@ -121,7 +122,10 @@ impl<S: Storage> Base<S> {
         device: Device<S::File>,
         path: &Path,
     ) -> Result<Self> {
+        let device_size = device.size;
         let base = Self::assemble_on_device(&storage, &folder, decl, device, path)?;
+        // Before anything is written: recovery makes holes where the last intent says.
+        base.check_is_ours(device_size)?;
         base.recover()?;
         Ok(base)
     }
@@ -182,48 +186,6 @@ impl<S: Storage> Base<S> {
             pending: RwLock::default(),
             writer: Mutex::default(),
         })
-    }
-
-    /// Whether a device holds what the hashes in `folder` say, slot by slot; changes nothing on it. `progress` is told the byte
-    /// reached.
-    ///
-    /// # Errors
-    /// [`Kind::Refused`] naming the first bytes that are others; otherwise from the disks.
-    pub(crate) fn compare_device(
-        storage: &S,
-        folder: &Path,
-        decl: &VolumeDecl,
-        device: Device<S::File>,
-        path: &Path,
-        progress: &mut impl FnMut(u64),
-    ) -> Result<()> {
-        let base = Self::assemble_on_device(storage, folder, decl, device, path)?;
-        // A slot whose stored hash is not yet the one promised was being written at a crash: it may be of before and after.
-        let intent = base.read_intent()?.unwrap_or_default();
-        let is_open = |slot: u64, stored: &[u8; HASH_BYTES]| {
-            intent.iter().any(|entry| entry.slots().contains(&slot) && entry.hash != *stored)
-        };
-        let (mut slot, mut bytes) = (0, vec![0; SLOT]);
-        while let Some(next) = base.next_hashed(slot, None)? {
-            let bytes = &mut bytes[..base.slot_len(next)];
-            let at = next * SLOT_BYTES;
-            let stored = base.read_hash(next)?;
-            if stored != UNKNOWN && !is_open(next, &stored) {
-                base.data.read_at(bytes, at).at("read", path)?;
-                if hash_slot(base.volume, next, bytes) != stored {
-                    let what = format!(
-                        "device {}: bytes {at}..{} are not those of volume {}: it is another device, or was written to",
-                        path.display(),
-                        at + bytes.len() as u64,
-                        decl.name
-                    );
-                    return Err(Error::new(Kind::Refused, what));
-                }
-            }
-            progress(at);
-            slot = next + 1;
-        }
-        Ok(())
     }
 
     /// Which volume.

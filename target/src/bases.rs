@@ -5,6 +5,7 @@
 //! began in a file stays there: its bytes are not moved.
 
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -112,10 +113,22 @@ fn open_device<S: Storage>(storage: &S, path: &Path) -> Result<Device<S::File>> 
 /// # Errors
 /// [`Kind::Refused`] naming the first byte that is not; otherwise from the device.
 pub(crate) fn check_blank<F: StorageFile>(device: &Device<F>, path: &Path) -> Result<()> {
-    let end = device.size;
+    check_blank_beside(&*device.file, device.size, path, &[])
+}
+
+/// As [`check_blank`], leaving out the ranges of bytes that are ours.
+///
+/// # Errors
+/// As there.
+pub(crate) fn check_blank_beside<F: StorageFile>(file: &F, end: u64, path: &Path, ours: &[Range<u64>]) -> Result<()> {
     for range in [0..SIGNATURE_BYTES.min(end), end.saturating_sub(SIGNATURE_BYTES)..end] {
         let mut bytes = vec![0; usize::try_from(range.end - range.start).expect("at most 1 MiB")];
-        device.file.read_at(&mut bytes, range.start).at("read", path)?;
+        file.read_at(&mut bytes, range.start).at("read", path)?;
+        for own in ours {
+            let within =
+                |at: u64| usize::try_from(at.clamp(range.start, range.end) - range.start).expect("at most 1 MiB");
+            bytes[within(own.start)..within(own.end)].fill(0);
+        }
         if is_zero(&bytes) {
             continue;
         }
@@ -165,7 +178,8 @@ impl<S: Storage> Target<S> {
     ///
     /// # Errors
     /// [`Kind::NotFound`] for a group that does not exist; [`Kind::Refused`] when the base is in a file already, the device is
-    /// in use, carries another base, or is not blank and `overwrite` is not said; otherwise from the device.
+    /// in use, carries another base, or is not blank and `overwrite` is not said, or the base is open on its device and takes
+    /// writes there; [`Kind::Damaged`] when the hashes to compare with are gone; otherwise from the device.
     pub fn attach_base(&self, order: &AttachBase, mut progress: impl FnMut(AttachProgress)) -> Result<BaseDevice> {
         let host = self.host_of(&order.group, order.host.as_ref())?;
         check_path(&order.path)?;
@@ -179,6 +193,9 @@ impl<S: Storage> Target<S> {
             );
             return Err(Error::new(Kind::Refused, text));
         }
+        if known.is_some() {
+            self.check_closed(order, &host)?;
+        }
         let device = open_device(self.storage(), &order.path)?;
         let made = BaseDevice { path: order.path.clone(), id: device.id.clone(), size: device.size };
         self.check_unused(&made, (&order.group, &host, &order.volume))?;
@@ -186,22 +203,44 @@ impl<S: Storage> Target<S> {
         let mut report = |position| progress(AttachProgress { position, size });
         let folder = StreamId::derive(self.vault(), &order.group, &host).folder().join("base");
         match known {
-            Some(decl) => Base::compare_device(self.storage(), &folder, decl, device, &order.path, &mut report)?,
+            Some(decl) => {
+                Base::check_kept(self.storage(), &folder, decl)?;
+                Base::compare_device(self.storage(), &folder, decl, device, &order.path, &mut report)?;
+            }
             None => prepare(&device, &order.path, order.overwrite, &mut report)?,
         }
-        self.note_base(order, &host, &made)?;
+        self.note_base(order, &host, &made, known.is_some())?;
         if known.is_some() {
             self.reopen_stream(&order.group, &host)?;
         }
         Ok(made)
     }
 
-    fn note_base(&self, order: &AttachBase, host: &Name, made: &BaseDevice) -> Result<()> {
+    /// A stream that is open has the base open and goes on writing to the device it has.
+    fn check_closed(&self, order: &AttachBase, host: &Name) -> Result<()> {
+        if self.lane(&(order.group.clone(), host.clone())).is_none() {
+            return Ok(());
+        }
+        let text = format!(
+            "volume {} of group {}: its base is open on the device that it has, and is written there; to use another one, \
+             stop the target, take the old one away, start the target, and attach the new one",
+            order.volume, order.group
+        );
+        Err(Error::new(Kind::Refused, text))
+    }
+
+    /// `known`: the volume had been brought when the device was compared; else it was made zero.
+    fn note_base(&self, order: &AttachBase, host: &Name, made: &BaseDevice, known: bool) -> Result<()> {
+        // The stream is not opened on the old device meanwhile.
+        let _opening = self.opening();
+        if known {
+            self.check_closed(order, host)?;
+        }
         // Meanwhile the source may have brought the volume, or another device been noted elsewhere.
         self.check_unused(made, (&order.group, host, &order.volume))?;
         let noted = self.catalog().update_host(&order.group, host, |record| {
             let brought = record.volumes.iter().any(|decl| decl.name == order.volume);
-            if brought && BaseDevice::of(record, &order.volume).is_none() {
+            if brought != known {
                 return false;
             }
             record.notes.insert(BaseDevice::key(&order.volume), made.value());
@@ -210,7 +249,7 @@ impl<S: Storage> Target<S> {
         if noted {
             return Ok(());
         }
-        let text = format!("volume {}: the source brought it meanwhile, its base is in a file now", order.volume);
+        let text = format!("volume {}: the source brought it meanwhile, and its base is elsewhere now", order.volume);
         Err(Error::new(Kind::Refused, text))
     }
 
@@ -232,10 +271,17 @@ impl<S: Storage> Target<S> {
             record.notes.remove(&BaseDevice::key(volume));
             Ok(noted)
         })??;
-        if let Some(lane) = self.lane(&(group.clone(), host)) {
+        let lane = self.lane(&(group.clone(), host.clone()));
+        if let Some(lane) = &lane {
             // Open from a greeting that failed at another volume.
             lane.stream().forget_base(volume);
         }
+        // What that greeting began would keep the volume from beginning in a file.
+        let open = lane.map(|lane| lane.stream().bases()).unwrap_or_default();
+        let brought = self.catalog().host(group, &host).unwrap_or_default().volumes;
+        let used = |index| open.contains_key(&index) || brought.iter().any(|decl| decl.index == index);
+        let folder = StreamId::derive(self.vault(), group, &host).folder().join("base");
+        Base::remove_begun(self.storage(), &folder, used)?;
         Ok(freed)
     }
 

@@ -214,20 +214,24 @@ impl<S: Storage> GroupHost<S> {
         self.bases.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Opens or creates the base of a volume, on the device that the catalog names for it or else in a file.
+    /// Opens or creates the base of a volume, on the device that the catalog names for it or else in a file. One that is
+    /// `known` was made before: it is not made anew.
     ///
     /// # Errors
     /// As [`Base::open_or_create`] and [`Base::open_on_device`]; [`Kind::Refused`] when another device is at the path, or it is
     /// in use.
-    pub(crate) fn add_base(&self, decl: &VolumeDecl) -> Result<()> {
+    pub(crate) fn add_base(&self, decl: &VolumeDecl, known: bool) -> Result<()> {
         let folder = self.folder.join("base");
+        if known {
+            Base::check_kept(&self.storage, &folder, decl)?;
+        }
         let noted = BaseDevice::of(&self.record(), &decl.name);
-        let known = self.bases.write().unwrap_or_else(PoisonError::into_inner).remove(&decl.index);
+        let present = self.bases.write().unwrap_or_else(PoisonError::into_inner).remove(&decl.index);
         let is_right = |base: &Arc<Base<S>>| match &noted {
             Some(noted) => base.data_path() == noted.path && base.size() == decl.size,
             None => !base.is_on_device() && base.size() == decl.size,
         };
-        if let Some(base) = known.filter(is_right) {
+        if let Some(base) = present.filter(is_right) {
             // From a declaration that failed at another volume: a device cannot be opened twice.
             self.bases.write().unwrap_or_else(PoisonError::into_inner).insert(decl.index, base);
             return Ok(());

@@ -243,8 +243,9 @@ impl<S: Storage> Ingest<S> {
         let sizes: Vec<_> = fresh.iter().map(|decl| (decl.index, decl.size)).collect();
         let stored = self.stream.update(|record| {
             let moved = |decl: &VolumeDecl| {
-                let on_device = bases.get(&decl.index).is_some_and(|base| base.is_on_device());
-                on_device != bases::BaseDevice::of(record, &decl.name).is_some()
+                let base = bases.get(&decl.index).filter(|base| base.is_on_device());
+                let noted = bases::BaseDevice::of(record, &decl.name);
+                base.map(|base| base.data_path()) != noted.as_ref().map(|noted| noted.path.as_path())
             };
             let consistent = !fresh.iter().any(moved);
             if consistent {
@@ -264,7 +265,7 @@ impl<S: Storage> Ingest<S> {
     /// and comes again, and finds it mended.
     fn add_base(&self, decl: &VolumeDecl) -> Result<(), Denied> {
         use crate::error::Kind;
-        let added = self.stream.add_base(decl);
+        let added = self.stream.add_base(decl, false);
         match &added {
             Ok(()) => self.stream.alarms.clear(AlarmCode::BaseFailed, &self.stream.id.subject()),
             Err(error) if matches!(error.kind(), Kind::Refused | Kind::NotFound) => {

@@ -25,6 +25,8 @@ use crate::segment::SEGMENT_BYTES;
 use crate::segments::{FrameCache, Segments};
 use crate::views::release_stale_holds;
 
+/// Most greetings of a broken stream's source between two tries to open it.
+const RETRY_GREETINGS_MAX: u32 = 16;
 const IDENTITY_FILE: &str = "vault";
 const IDENTITY_MAGIC: &str = "farshore target data, format 1";
 /// Names that may stand in a data root.
@@ -89,6 +91,8 @@ pub struct Target<S: Storage> {
     cache: Arc<FrameCache>,
     segment_bytes: u64,
     streams: RwLock<Streams<S>>,
+    /// Held while a stream is opened, or the device of a base is changed.
+    opening: Mutex<()>,
     sessions: Mutex<BTreeMap<SessionId, Session>>,
     outbox: Mutex<VecDeque<Output>>,
 }
@@ -96,8 +100,17 @@ pub struct Target<S: Storage> {
 struct Streams<S: Storage> {
     lanes: BTreeMap<StreamKey, Arc<Lane<S>>>,
     /// Streams that cannot be opened, and why.
-    broken: BTreeMap<StreamKey, String>,
+    broken: BTreeMap<StreamKey, Broken>,
     opened: u32,
+}
+
+/// A stream that cannot be opened. It is tried again when its source greets, ever more rarely: opening reads its journal.
+struct Broken {
+    why: String,
+    /// Greetings from the last try to the next.
+    wait: u32,
+    /// Those of them still to come.
+    left: u32,
 }
 
 enum Session {
@@ -134,6 +147,7 @@ impl<S: Storage> Target<S> {
             cache: Arc::new(FrameCache::new(config.frame_cache_bytes)),
             segment_bytes: config.segment_bytes,
             streams: RwLock::new(Streams { lanes: BTreeMap::new(), broken: BTreeMap::new(), opened: 0 }),
+            opening: Mutex::default(),
             sessions: Mutex::default(),
             outbox: Mutex::default(),
         };
@@ -152,7 +166,8 @@ impl<S: Storage> Target<S> {
         tracing::error!(stream = subject, %error, "a stream cannot be opened");
         self.alarms.raise(AlarmCode::StreamUnavailable, &subject, error.context());
         let mut streams = self.streams.write().unwrap_or_else(PoisonError::into_inner);
-        streams.broken.insert(key, error.to_string());
+        let wait = streams.broken.get(&key).map_or(1, |broken| (broken.wait * 2).min(RETRY_GREETINGS_MAX));
+        streams.broken.insert(key, Broken { why: error.to_string(), wait, left: wait });
     }
 
     fn open_stream(&self, group: &Name, host: &Name) -> Result<Arc<Lane<S>>> {
@@ -237,8 +252,9 @@ impl<S: Storage> Target<S> {
             })?;
         }
         for decl in &stream.record().volumes {
-            stream.add_base(decl)?;
+            stream.add_base(decl, true).inspect_err(|error| crate::bases::alarm(stream, decl.index, error))?;
         }
+        self.alarms.clear(AlarmCode::BaseFailed, &stream.id.subject());
         Ok(())
     }
 
@@ -388,9 +404,9 @@ impl<S: Storage> Target<S> {
             }
         }
         self.alarms.clear(AlarmCode::NotAMember, &format!("{group}/{host}"));
-        if self.lane(&key).is_none() {
-            let broken = self.streams.read().unwrap_or_else(PoisonError::into_inner).broken.get(&key).cloned();
-            let why = broken.unwrap_or_else(|| "it is not open".into());
+        if self.lane(&key).is_none()
+            && let Err(why) = self.retry_stream(&key)
+        {
             return refuse(RefuseCode::Unavailable, format!("stream of {host} in {group}: {why}"));
         }
         Ok(key)
@@ -431,6 +447,7 @@ impl<S: Storage> Target<S> {
     /// # Errors
     /// Why it still cannot be opened.
     pub(crate) fn reopen_stream(&self, group: &Name, host: &Name) -> Result<()> {
+        let _opening = self.opening();
         let key = (group.clone(), host.clone());
         if self.lane(&key).is_some() {
             return Ok(());
@@ -438,6 +455,19 @@ impl<S: Storage> Target<S> {
         self.open_stream(group, host).inspect_err(|error| self.break_stream(key, error))?;
         self.alarms.clear(AlarmCode::StreamUnavailable, &format!("{group}/{host}"));
         Ok(())
+    }
+
+    /// Opens a stream again whose source greets, when it is time for a try: a device may have come late.
+    fn retry_stream(&self, key: &StreamKey) -> Result<(), String> {
+        {
+            let mut streams = self.streams.write().unwrap_or_else(PoisonError::into_inner);
+            let broken = streams.broken.get_mut(key).ok_or("it is not open")?;
+            broken.left = broken.left.saturating_sub(1);
+            if broken.left > 0 {
+                return Err(broken.why.clone());
+            }
+        }
+        self.reopen_stream(&key.0, &key.1).map_err(|error| error.to_string())
     }
 
     /// Forbids `host` to write `group`; what it wrote stays. Its session ends.
@@ -535,7 +565,8 @@ impl<S: Storage> Target<S> {
     /// Streams that cannot be opened, and why.
     #[must_use]
     pub fn broken(&self) -> BTreeMap<StreamKey, String> {
-        self.streams.read().unwrap_or_else(PoisonError::into_inner).broken.clone()
+        let streams = self.streams.read().unwrap_or_else(PoisonError::into_inner);
+        streams.broken.iter().map(|(key, broken)| (key.clone(), broken.why.clone())).collect()
     }
 
     /// All groups as the catalog has them.
@@ -572,6 +603,10 @@ impl<S: Storage> Target<S> {
     #[must_use]
     pub fn storage(&self) -> &S {
         &self.storage
+    }
+
+    pub(crate) fn opening(&self) -> MutexGuard<'_, ()> {
+        self.opening.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn sessions(&self) -> MutexGuard<'_, BTreeMap<SessionId, Session>> {

@@ -7,7 +7,7 @@ use farshore_proto::batch::VolumeDecl;
 use farshore_proto::{Name, PointId, VolumeIndex};
 use farshore_uring::Storage;
 
-use crate::catalog::Hold;
+use crate::catalog::{Hold, HostRecord};
 use crate::error::{Error, Kind, Result};
 use crate::group::GroupHost;
 use crate::history::History;
@@ -66,7 +66,13 @@ impl ViewRecord {
 /// The views of a stream, by name and volume.
 #[must_use]
 pub fn list_views<S: Storage>(stream: &GroupHost<S>) -> Vec<ViewRecord> {
-    stream.record().notes.iter().filter_map(|(key, value)| ViewRecord::parse(key, value)).collect()
+    views_of(&stream.record())
+}
+
+/// As [`list_views`], of a stream that need not be open.
+#[must_use]
+pub fn views_of(record: &HostRecord) -> Vec<ViewRecord> {
+    record.notes.iter().filter_map(|(key, value)| ViewRecord::parse(key, value)).collect()
 }
 
 /// Opens a view of `volume` at `point` under a name, or goes on with the one of that name, as it was left. From the first

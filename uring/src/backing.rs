@@ -53,7 +53,8 @@ pub struct Backing {
 /// Tells "the same device as before": compare for equality, keep as text.
 ///
 /// Of a file: device, inode, birth time (where the file system has one) and size. Of a block device: its WWID, serial
-/// number or device-mapper UUID with the partition number (its major and minor number where it has none of these) and size.
+/// number, device-mapper or RAID UUID (its major and minor number where it has none of these), a partition's number and start,
+/// and size.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct BackingId(String);
 
@@ -316,26 +317,38 @@ fn queue_attribute(file: &File, name: &str) -> Option<String> {
 
 fn block_id(file: &File, size: u64) -> io::Result<BackingId> {
     let number = file.metadata()?.rdev();
-    let numbers = format!("block numbers={}:{} size={size}", libc::major(number), libc::minor(number));
-    let Some(folder) = sys_folder(file) else { return Ok(BackingId(numbers)) };
+    let numbers = format!("numbers={}:{}", libc::major(number), libc::minor(number));
+    Ok(match sys_folder(file) {
+        Some(folder) => described_id(&folder, numbers, size),
+        None => BackingId(format!("block {numbers} size={size}")),
+    })
+}
+
+/// From the device's folder below `/sys`.
+fn described_id(folder: &Path, numbers: String, size: u64) -> BackingId {
     let partition = read_attribute(&folder.join("partition"));
     let disk = match (&partition, folder.parent()) {
-        (Some(_), Some(parent)) => parent.to_owned(),
+        (Some(_), Some(parent)) => parent,
         (Some(_) | None, _) => folder,
     };
     let sources = [
         ("uuid", "dm/uuid"),
+        ("uuid", "md/uuid"),
         ("wwid", "wwid"),
         ("wwid", "device/wwid"),
         ("serial", "serial"),
         ("serial", "device/serial"),
     ];
-    let found = sources.iter().find_map(|(name, path)| read_attribute(&disk.join(path)).map(|value| (name, value)));
-    Ok(BackingId(match (found, partition) {
-        (Some((name, value)), Some(part)) => format!("block {name}={value} partition={part} size={size}"),
-        (Some((name, value)), None) => format!("block {name}={value} size={size}"),
-        (None, _) => numbers,
-    }))
+    let found = sources.iter().find_map(|(name, path)| {
+        // A RAID without a superblock shows a UUID of zeroes, as all of its kind do.
+        let value = read_attribute(&disk.join(path)).filter(|value| value.chars().any(|c| !matches!(c, '0' | '-')))?;
+        Some(format!("{name}={value}"))
+    });
+    let place = partition.map(|part| {
+        let start = read_attribute(&folder.join("start")).unwrap_or_else(|| "unknown".to_owned());
+        format!(" partition={part} start={start}")
+    });
+    BackingId(format!("block {}{} size={size}", found.unwrap_or(numbers), place.unwrap_or_default()))
 }
 
 fn file_id(file: &File, size: u64) -> io::Result<BackingId> {
@@ -365,5 +378,31 @@ fn seek(file: BorrowedFd<'_>, offset: u64, whence: nix::unistd::Whence) -> io::R
         Ok(found) => Ok(u64::try_from(found).ok()),
         Err(nix::errno::Errno::ENXIO) => Ok(None),
         Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: RAID arrays are told apart, and partitions of one number and size by where they begin.
+    #[test]
+    fn an_identity_names_array_and_partition() {
+        let sys = tempfile::tempdir().expect("a temporary folder");
+        let write = |path: &str, text: &str| {
+            let path = sys.path().join(path);
+            std::fs::create_dir_all(path.parent().expect("has one")).expect("a good disk");
+            std::fs::write(path, text).expect("a good disk");
+        };
+        let id = |folder: &str| described_id(&sys.path().join(folder), "numbers=9:0".to_owned(), 512).0;
+        write("md0/md/uuid", "00000000-0000-0000-0000-000000000000\n");
+        assert_eq!(id("md0"), "block numbers=9:0 size=512");
+        write("md0/md/uuid", "5a8f0d2c-0000-0000-0000-000000000001\n");
+        assert_eq!(id("md0"), "block uuid=5a8f0d2c-0000-0000-0000-000000000001 size=512");
+        write("vda/vda1/partition", "1\n");
+        write("vda/vda1/start", "2048\n");
+        assert_eq!(id("vda/vda1"), "block numbers=9:0 partition=1 start=2048 size=512");
+        write("vda/serial", "S\n");
+        assert_eq!(id("vda/vda1"), "block serial=S partition=1 start=2048 size=512");
     }
 }

@@ -231,7 +231,8 @@ impl Service {
     pub(super) fn open_view(&self, request: &ViewRequest) -> Result<Value, Failure> {
         let found = self.find(&request.group, &request.at)?;
         let export = request.export.as_deref().map(Export::parse).transpose()?;
-        self.exports().open(&found, export, request.read_only)
+        let mut exports = self.exports();
+        exports.open(&found, &self.target.groups(), export, request.read_only)
     }
 
     pub(super) fn close_view(&self, id: &str) -> Result<Value, Failure> {

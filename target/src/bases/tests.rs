@@ -203,7 +203,7 @@ fn damage_on_a_device_is_found() {
     let mut source = Source::new("db", "host-a", 1);
     let mut world = Clocked::new(&target);
     source.connect(&mut world);
-    let first = source.batch(&[Op::Write(0, 0, vec![7; 65536])], None);
+    let first = source.batch(&[0, 1, 2].map(|slot| Op::Write(0, slot * 128, vec![7; 65536])), None);
     source.send(&mut world, &first.bytes);
     drop(target);
     fill(&disk, DEVICE, 100, &[8]);
@@ -277,4 +277,146 @@ fn a_lost_data_file_is_damage() {
     disk.remove(Path::new("base/v0.raw")).expect("it is there");
     assert_eq!(open().err().map(|error| error.kind()), Some(Kind::Damaged));
     assert!(disk.open(Path::new("base/v0.raw"), OpenMode::Read).is_err(), "none was made in its place");
+}
+
+/// What is on a device that nobody has open.
+fn content(disk: &SimStorage, path: &str) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(SIZE).expect("small")];
+    disk.open_device(Path::new(path)).expect("free").file.read_at(&mut bytes, 0).expect("a good disk");
+    bytes
+}
+
+fn why_broken(target: &Target<SimStorage>) -> String {
+    target.broken().into_values().next().expect("the stream is left out")
+}
+
+/// Goal: another device that has the noted identity (numbers given anew after a restart) is refused before recovery makes the
+/// holes of the last intent on it.
+#[test]
+fn another_device_of_the_same_identity_is_not_touched() {
+    let (disk, target) = with_device(8);
+    target.attach_base(&order("vol0", DEVICE, false), |_| {}).expect("blank");
+    replicate(&target, 8);
+    let base = target.stream(&name("db"), None).expect("open").base(VolumeIndex(0)).expect("there");
+    base.write(0, &vec![7; 3 * 65536]).expect("a good disk");
+    base.zero(65536, VOLUME_BYTES - 65536).expect("a good disk");
+    drop((base, target));
+    let right = content(&disk, DEVICE);
+    disk.add_device(Path::new(DEVICE), SIZE, "A");
+    let foreign = vec![0xa5; right.len()];
+    fill(&disk, DEVICE, 0, &foreign);
+    let target = open(&disk).expect("opens with what it has");
+    assert!(why_broken(&target).contains("1 of 1 slots looked at hold something else"), "{}", why_broken(&target));
+    assert!(target.alarms().is_raised(AlarmCode::BaseFailed, "db/host-a"));
+    assert!(content(&disk, DEVICE) == foreign, "nothing was written to it");
+    fill(&disk, DEVICE, 0, &right);
+    target.attach_base(&order("vol0", DEVICE, false), |_| {}).expect("the right one");
+    assert_eq!(target.broken().len(), 0);
+    assert!(!target.alarms().is_raised(AlarmCode::BaseFailed, "db/host-a"));
+}
+
+/// Goal: an empty base takes no device with something on it, whether it has the noted identity or is attached anew.
+#[test]
+fn an_empty_base_takes_blank_devices_only() {
+    let (disk, target) = with_device(9);
+    target.attach_base(&order("vol0", DEVICE, false), |_| {}).expect("blank");
+    let mut source = Source::new("db", "host-a", 1);
+    source.connect(&mut Clocked::new(&target));
+    assert_eq!(source.refused, None);
+    drop(target);
+    fill(&disk, DEVICE, 1080, &[0x53, 0xef]);
+    let target = open(&disk).expect("opens with what it has");
+    assert!(why_broken(&target).contains("the base is empty, and it is not blank"), "{}", why_broken(&target));
+    // In the middle, where signatures are not looked for.
+    disk.add_device(Path::new("/dev/sdb"), SIZE, "B");
+    fill(&disk, "/dev/sdb", VOLUME_BYTES / 2, b"precious");
+    refused(target.attach_base(&order("vol0", "/dev/sdb", false), |_| {}), "are not those of volume vol0");
+    fill(&disk, "/dev/sdb", VOLUME_BYTES / 2, &[0; 8]);
+    target.attach_base(&order("vol0", "/dev/sdb", false), |_| {}).expect("blank");
+    assert_eq!(target.broken().len(), 0);
+}
+
+/// Goal: while a stream is open, its base's device is not changed under it.
+#[test]
+fn an_open_base_keeps_its_device() {
+    let (disk, target) = with_device(10);
+    target.attach_base(&order("vol0", DEVICE, false), |_| {}).expect("blank");
+    let source = replicate(&target, 10);
+    let base = target.stream(&name("db"), None).expect("open").base(VolumeIndex(0)).expect("there");
+    let mut copy = vec![0; usize::try_from(VOLUME_BYTES).expect("small")];
+    base.read(0, &mut copy).expect("no damage");
+    drop(base);
+    disk.add_device(Path::new("/dev/sdb"), SIZE, "B");
+    fill(&disk, "/dev/sdb", 0, &copy);
+    refused(
+        target.attach_base(&order("vol0", "/dev/sdb", false), |_| {}),
+        "its base is open on the device that it has",
+    );
+    drop(target);
+    let target = open(&disk).expect("opens");
+    assert_eq!(target.broken().len(), 0, "the device noted is the one written to");
+    check(&target, &source);
+}
+
+/// Goal: a base that was there and is gone is damage, and not an empty base: in a file, on a device, and to a device attached.
+#[test]
+fn a_lost_base_is_not_made_anew() {
+    let (disk, target) = with_device(11);
+    target.attach_base(&order("vol1", DEVICE, false), |_| {}).expect("blank");
+    replicate(&target, 11);
+    drop(target);
+    let base = Path::new("groups/db/host-a/base");
+    let lost = |names: &[&str], disk: &SimStorage| {
+        for name in names {
+            disk.remove(&base.join(name)).expect("it is there");
+        }
+        let target = open(disk).expect("opens with what it has");
+        assert!(why_broken(&target).contains("is missing, and with it"), "{}", why_broken(&target));
+        assert!(!disk.exists(&base.join(names[0])).expect("a good disk"), "none was made in its place");
+        target
+    };
+    lost(&["v0.hashes", "v0.raw", "v0.intent"], &disk.fork());
+    disk.add_device(Path::new(DEVICE), SIZE, "A");
+    let target = lost(&["v1.hashes", "v1.intent"], &disk);
+    let error = target.attach_base(&order("vol1", DEVICE, false), |_| {}).expect_err("nothing to compare with");
+    assert_eq!(error.kind(), Kind::Damaged, "{error}");
+}
+
+/// Goal: a device that a greeting began a base on, and that is detached then, leaves nothing that keeps the volume from a file.
+#[test]
+fn a_detached_volume_begins_in_a_file() {
+    let (disk, target) = with_device(12);
+    disk.add_device(Path::new("/dev/sdb"), VOLUME_BYTES - 512, "B");
+    target.attach_base(&order("vol0", DEVICE, false), |_| {}).expect("blank");
+    target.attach_base(&order("vol1", "/dev/sdb", false), |_| {}).expect("blank");
+    let mut source = Source::new("db", "host-a", 2);
+    source.connect(&mut Clocked::new(&target));
+    assert!(source.refused.is_some(), "the second one is too small");
+    assert!(disk.exists(Path::new("groups/db/host-a/base/v0.hashes")).expect("a good disk"), "begun");
+    for volume in ["vol0", "vol1"] {
+        target.detach_base(&name("db"), None, &name(volume)).expect("not brought yet");
+    }
+    let source = replicate(&target, 12);
+    drop(target);
+    check(&open(&disk).expect("opens"), &source);
+}
+
+/// Goal: a stream whose device came late is opened when its source greets; tries grow rarer.
+#[test]
+fn a_late_device_opens_its_stream() {
+    let (disk, target) = with_device(13);
+    target.attach_base(&order("vol0", DEVICE, false), |_| {}).expect("blank");
+    let mut source = replicate(&target, 13);
+    drop(target);
+    let held = disk.open_device(Path::new(DEVICE)).expect("let go");
+    let target = open(&disk).expect("opens with what it has");
+    let mut greet = || {
+        source.connect(&mut Clocked::new(&target));
+        source.refused.is_none()
+    };
+    assert!(why_broken(&target).contains("is in use") && !greet());
+    drop(held);
+    assert_eq!([greet(), greet()], [false, true], "the second greeting after a try is the next try");
+    assert!(target.broken().is_empty() && !target.alarms().is_raised(AlarmCode::StreamUnavailable, "db/host-a"));
+    check(&target, &source);
 }
