@@ -11,6 +11,7 @@ mod process;
 mod report;
 mod suites;
 mod tidy;
+mod vm;
 mod workspace;
 
 use std::process::ExitCode;
@@ -29,6 +30,10 @@ Farshore's task runner.
         --list      say which suites there are and what each needs, and stop
     cargo xtask setup [SUITE…]
         Install what the suites need from outside (Debian, as root), and run nothing.
+    cargo xtask vm [--limit SECONDS] [-- COMMAND…]
+        Boot a virtual machine with a kernel that has ublk and device mapper; the host's files are there, read-only.
+        Run the words of COMMAND in a shell and return its exit code; without a command, open a shell on this terminal
+        (Ctrl-A X switches the machine off).
 
 Examples:
     cargo xtask test
@@ -42,6 +47,7 @@ enum Request {
     List,
     Setup { suites: Vec<String> },
     Test { suites: Vec<String>, without: Vec<String> },
+    Vm { command: Option<String>, limit: Option<u64> },
 }
 
 fn parse(args: &[String]) -> Result<Request> {
@@ -49,6 +55,9 @@ fn parse(args: &[String]) -> Result<Request> {
         None => return Ok(Request::Help),
         Some((first, rest)) => (first.as_str(), rest),
     };
+    if command == "vm" {
+        return parse_vm(rest);
+    }
     if rest.iter().chain(args.first()).any(|a| a == "--help" || a == "-h" || a == "help") {
         return Ok(Request::Help);
     }
@@ -84,6 +93,21 @@ fn parse(args: &[String]) -> Result<Request> {
     }
 }
 
+fn parse_vm(args: &[String]) -> Result<Request> {
+    let (flags, words) = match args.iter().position(|a| a == "--") {
+        Some(at) => (&args[..at], &args[at + 1..]),
+        None => (args, &args[args.len()..]),
+    };
+    let limit = match flags {
+        [] => None,
+        [flag] if flag == "--help" || flag == "-h" => return Ok(Request::Help),
+        [flag, seconds] if flag == "--limit" => Some(seconds.parse().context("--limit needs a number of seconds")?),
+        _ => bail!("cargo xtask vm takes --limit SECONDS, and a command behind --\n\n{USAGE}"),
+    };
+    let command = if words.is_empty() { None } else { Some(words.join(" ")) };
+    Ok(Request::Vm { command, limit })
+}
+
 fn run() -> Result<bool> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match parse(&args)? {
@@ -107,6 +131,12 @@ fn run() -> Result<bool> {
             let reports = suites::run_all(&workspace, &suites, &without);
             print!("{}", report::summary(&reports));
             Ok(reports.iter().all(report::Report::is_good))
+        }
+        Request::Vm { command, limit } => {
+            let mut job = command.map_or_else(vm::Job::shell, vm::Job::new);
+            job.limit = limit.map_or(job.limit, std::time::Duration::from_secs);
+            let ended = vm::run(&Workspace::read()?, &job, |_| {})?;
+            std::process::exit(ended.code)
         }
     }
 }
@@ -151,5 +181,15 @@ mod tests {
         parse_words("test --fast").expect_err("unknown flag");
         parse_words("test --without").expect_err("no names");
         parse_words("deploy").expect_err("unknown command");
+        parse_words("vm uname").expect_err("a command without --");
+    }
+
+    #[test]
+    fn a_machine_takes_a_limit_and_words_for_its_shell() {
+        let vm = |command: Option<&str>, limit| Request::Vm { command: command.map(str::to_owned), limit };
+        assert_eq!(parse_words("vm").expect("a shell"), vm(None, None));
+        assert_eq!(parse_words("vm -- uname -r").expect("a command"), vm(Some("uname -r"), None));
+        assert_eq!(parse_words("vm --limit 60 -- exit 3").expect("both"), vm(Some("exit 3"), Some(60)));
+        parse_words("vm --limit soon").expect_err("no number");
     }
 }

@@ -37,6 +37,15 @@ program!(INITDB, "initdb", "postgresql");
 program!(PGBENCH, "pgbench", "postgresql", "postgresql-contrib");
 program!(MKFS_EXT4, "mkfs.ext4", "e2fsprogs");
 program!(E2FSCK, "e2fsck", "e2fsprogs");
+program!(QEMU_X86, "qemu-system-x86_64", "qemu-system-x86");
+program!(BUSYBOX, "busybox", "busybox-static");
+program!(MODPROBE, "modprobe", "kmod");
+program!(CPIO, "cpio", "cpio");
+program!(XZ, "xz", "xz-utils");
+program!(BLKDISCARD, "blkdiscard", "util-linux");
+program!(DMSETUP, "dmsetup", "dmsetup");
+program!(LVM, "lvm", "lvm2");
+program!(DRBDADM, "drbdadm", "drbd-utils");
 
 impl Program {
     /// Where the program is, looked for on `PATH` and where Debian keeps what only root or PostgreSQL uses.
@@ -87,7 +96,8 @@ fn describe(programs: &BTreeSet<Program>) -> String {
     list.join(", ")
 }
 
-fn may_install() -> bool {
+/// Whether missing packages can be installed here: root, on Debian.
+pub(crate) fn may_install() -> bool {
     let root = fs::metadata("/proc/self").is_ok_and(|m| m.uid() == 0);
     root && Path::new("/etc/debian_version").exists() && Program { name: "apt-get", packages: &[] }.find().is_some()
 }
@@ -96,7 +106,8 @@ fn exists(package: &str) -> bool {
     process::output(Command::new("apt-cache").args(["show", "--no-all-versions", package])).is_ok_and(|o| !o.is_empty())
 }
 
-fn apt(args: &[&str]) -> Result<()> {
+/// Runs `apt-get`.
+pub(crate) fn apt(args: &[&str]) -> Result<()> {
     let mut command = Command::new("apt-get");
     command.arg("--quiet").args(args).env("DEBIAN_FRONTEND", "noninteractive");
     let status = process::stream(&mut command, |_| {}).context("run apt-get")?;

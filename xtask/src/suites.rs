@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -12,6 +12,7 @@ use crate::outside::{self, Program};
 use crate::process::{self, show};
 use crate::report::Report;
 use crate::tidy;
+use crate::vm;
 use crate::workspace::{Workspace, cargo};
 
 /// The gate's own copy is pinned, so that a new release of the tool cannot fail an old commit.
@@ -32,7 +33,7 @@ pub(crate) struct Suite {
 }
 
 /// All suites, in the order in which they run: what fails fast and cheaply comes first.
-pub(crate) static SUITES: [Suite; 14] = [
+pub(crate) static SUITES: [Suite; 15] = [
     suite("fmt", "rustfmt over the workspace", &[], fmt),
     suite("clippy", "clippy over all targets, warnings are errors", &[], clippy),
     suite("docs", "rustdoc over the workspace, warnings are errors", &[], docs),
@@ -68,6 +69,25 @@ pub(crate) static SUITES: [Suite; 14] = [
         clients,
     ),
     suite("fuzz", "every decoder over seeded mutations, a bounded number (no nightly needed)", &[], fuzz),
+    named_only(
+        "kernel",
+        "block devices on a real kernel: ublk in a virtual machine (QEMU, a Debian kernel package)",
+        &[
+            outside::QEMU_X86,
+            outside::BUSYBOX,
+            outside::MODPROBE,
+            outside::CPIO,
+            outside::XZ,
+            outside::FIO,
+            outside::MKFS_EXT4,
+            outside::E2FSCK,
+            outside::BLKDISCARD,
+            outside::DMSETUP,
+            outside::LVM,
+            outside::DRBDADM,
+        ],
+        kernel,
+    ),
     named_only("long", "the loops that tests mark #[ignore = \"…\"]", &[outside::MKFS_EXT4, outside::E2FSCK], long),
     named_only("benches", "every benchmark compiles and runs once", &[], benches),
 ];
@@ -337,6 +357,52 @@ fn clients(session: &mut Session) -> Result<()> {
     })
 }
 
+/// Longest time of the kernel tests, the boot of their machine included. They take about a quarter of an hour on two quiet cores.
+const KERNEL_MAX: Duration = Duration::from_secs(40 * 60);
+
+/// Builds the tests here and runs them inside the machine, one after the other: they share its disks.
+fn kernel(session: &mut Session) -> Result<()> {
+    if !session.workspace.has_target(TESTS, "test", "kernel") {
+        session.skip(&format!("no such test target: {TESTS} has no test target `kernel`"));
+        return Ok(());
+    }
+    let program = test_program(session, "kernel")?;
+    let binary = build_binary(session)?;
+    let filter = std::env::var("FARSHORE_KERNEL_FILTER").unwrap_or_default();
+    let mut job = vm::Job::new(format!("exec {} --test-threads=1 {filter}", vm::quoted(&program)));
+    job.limit = KERNEL_MAX;
+    job.environment.push(("FARSHORE_BIN".to_owned(), binary.display().to_string()));
+    let mut counter = Counter::default();
+    let ended = vm::run(session.workspace, &job, |line| counter.line(line))?;
+    session.tally.add(&counter.tally);
+    session.notes.extend(counter.ignored.iter().map(|test| format!("ignored: {test}")));
+    if ended.code != 0 {
+        session.tally.failed += u64::from(counter.tally.failed == 0);
+        session.notes.push(format!("the tests in the machine ended with code {}", ended.code));
+    } else if counter.tally.ran() == 0 {
+        session.fail("the machine ran no test".to_owned());
+    }
+    let complaints = vm::complaints(&ended.kernel_log);
+    if let Some(first) = complaints.first() {
+        println!("{}", ended.kernel_log);
+        session.fail(format!("the kernel complained {} time(s), first: {first}", complaints.len()));
+    }
+    Ok(())
+}
+
+/// Builds a test target of the tests package and says where the program is.
+fn test_program(session: &Session, target: &str) -> Result<String> {
+    let mut build = session.cargo(&["test", "--package", TESTS, "--test", target, "--no-run"]);
+    build.args(["--message-format", "json-render-diagnostics"]);
+    println!("$ {}", show(&build));
+    let json = process::output(&mut build)?;
+    let messages = json.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let mut programs = messages
+        .filter(|message| message["reason"] == "compiler-artifact" && message["target"]["name"] == target)
+        .filter_map(|message| message["executable"].as_str().map(str::to_owned));
+    programs.next().with_context(|| format!("cargo names no program for the test target {target}"))
+}
+
 fn fuzz(session: &mut Session) -> Result<()> {
     session.test_target("fuzz", |_, _| Ok(()))
 }
@@ -360,12 +426,17 @@ fn benches(session: &mut Session) -> Result<()> {
 
 /// Builds `farshore` and tells the tests where it is: cargo gives a package only the binaries of its own.
 fn with_binary(session: &Session, command: &mut Command) -> Result<()> {
+    command.env("FARSHORE_BIN", build_binary(session)?);
+    Ok(())
+}
+
+/// Builds `farshore`.
+fn build_binary(session: &Session) -> Result<PathBuf> {
     let mut build = session.cargo(&["build", "--package", "farshore-cli", "--bin", "farshore"]);
     if !process::stream(&mut build, |_| {})?.success() {
         bail!("{} failed", show(&build));
     }
-    command.env("FARSHORE_BIN", session.workspace.target_directory.join("debug/farshore"));
-    Ok(())
+    Ok(session.workspace.target_directory.join("debug/farshore"))
 }
 
 /// The value of an environment variable of flags with `more` behind it.

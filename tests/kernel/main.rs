@@ -1,0 +1,9 @@
+//! What only a real kernel can show: ublk devices, their recovery, their misuse. Runs inside the test machine, as root:
+//! `cargo xtask test kernel`; elsewhere every test fails and says so.
+#![forbid(unsafe_code)]
+
+mod agent;
+mod child;
+mod dm;
+mod rig;
+mod ublk;

@@ -1,0 +1,5 @@
+//! ublk devices under what hosts do to block devices.
+
+mod io;
+mod life;
+mod recovery;

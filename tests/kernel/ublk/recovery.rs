@@ -1,0 +1,298 @@
+//! Servers die; their devices do not.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use farshore_ublk::{DataPath, DeviceState, ErrorKind, Server};
+use farshore_uring::{FileDevice, NullDevice};
+
+use crate::child::null_geometry;
+use crate::rig::{DISK_512, DISK_4096, Fio, Mounted, Served, Spec, attribute, fio, machine, pattern, run, until};
+
+/// What has to be under way at a kill.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum UnderWay {
+    Any,
+    Writes,
+}
+
+/// Kills the server `kills` times under a verified load; the load must see nothing of it.
+fn kill_under_load(disk: &str, path: DataPath, kills: u32, under_way: UnderWay) -> Result<()> {
+    let control = machine()?;
+    let mut served = Served::start(&Spec::filter(disk, path))?;
+    let id = served.id()?;
+    let options = "--rw=randwrite --bsrange=4k-64k --iodepth=32 --size=64m --numjobs=2 --offset_increment=512m \
+                   --verify=crc32c --group_reporting";
+    let mut load = Fio::start(&served.device, options)?;
+    for kill in 0..kills {
+        // Different moments in the life of requests; no randomness is needed for the machine is not that regular.
+        std::thread::sleep(Duration::from_millis(u64::from(137 * kill % 400)));
+        loop {
+            // Writes and the reads that verify them alternate for as long as there are kills to come.
+            if !load.is_running()? {
+                load.finish()?;
+                load = Fio::start(&served.device, options)?;
+            }
+            let inflight = attribute(&served.device, "inflight")?;
+            let (reads, writes) = inflight.split_once(char::is_whitespace).context("reads and writes")?;
+            if writes.trim() != "0" || (under_way == UnderWay::Any && reads.trim() != "0") {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let spec = served.kill()?;
+        served = Served::start(&spec)?;
+        ensure!(served.id()? == id);
+        ensure!(control.info(id)?.state() == DeviceState::Live);
+    }
+    load.finish()?;
+    served.stop()
+}
+
+#[test]
+fn twenty_kills_under_verified_load_with_user_copy() -> Result<()> {
+    kill_under_load(DISK_512, DataPath::UserCopy, 20, UnderWay::Any)
+}
+
+#[test]
+fn ten_kills_under_verified_load_with_buffer_swap() -> Result<()> {
+    kill_under_load(DISK_4096, DataPath::BufferSwap, 10, UnderWay::Any)
+}
+
+/// Goal: a write of the dead server does not land on top of the same request issued again. Method: writes that the disk keeps back
+/// for 200 ms are under way at every kill; what is there in the end is verified.
+#[test]
+fn kills_over_a_slow_disk() -> Result<()> {
+    machine()?;
+    let slow = SlowDisk::new()?;
+    kill_under_load(SlowDisk::PATH, DataPath::UserCopy, 5, UnderWay::Writes)?;
+    drop(slow);
+    Ok(())
+}
+
+/// Goal: a server's death is noticed at once even where it held every request that its queue can carry (before Linux 6.15 the
+/// driver has no other sign of it than the commands that wait in the kernel). Method: a shallow queue over the slow disk, always full;
+/// the next server has no more patience than a fraction of the block layer's own 30 s.
+#[test]
+fn a_full_queue_shows_its_servers_death() -> Result<()> {
+    let control = machine()?;
+    let _slow = SlowDisk::new()?;
+    let spec = Spec { queues: 1, depth: 4, ..Spec::filter(SlowDisk::PATH, DataPath::UserCopy) };
+    let mut served = Served::start(&spec)?;
+    let load = Fio::start(&served.device, "--rw=randwrite --bs=64k --size=24m --iodepth=32 --verify=crc32c")?;
+    for _ in 0..5 {
+        let device = served.device.clone();
+        until("the queue is full", || {
+            attribute(&device, "inflight").is_ok_and(|text| text.trim_end().ends_with(" 4"))
+        })?;
+        let spec = served.kill()?;
+        let id = spec.recover.context("the device's number")?;
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        while control.info(id)?.state() != DeviceState::Quiesced {
+            ensure!(std::time::Instant::now() < deadline, "the kernel has not noticed");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        served = Served::start(&spec)?;
+    }
+    load.finish()?;
+    served.stop()
+}
+
+/// [`DISK_512`] with writes that take 200 ms more.
+struct SlowDisk;
+
+impl SlowDisk {
+    const PATH: &str = "/dev/mapper/slow";
+
+    fn new() -> Result<Self> {
+        run("modprobe dm_delay")?;
+        let sectors = run(&format!("blockdev --getsz {DISK_512}"))?;
+        let table = format!("0 {} delay {DISK_512} 0 0 {DISK_512} 0 200", sectors.trim());
+        // Nobody runs udev here, which would make the node.
+        run(&format!("dmsetup create slow --noudevsync --table '{table}' && dmsetup mknodes slow"))?;
+        Ok(Self)
+    }
+}
+
+impl Drop for SlowDisk {
+    fn drop(&mut self) {
+        // Of a killed server the last write may still be under way.
+        let _ = run("dmsetup remove --retry --noudevsync slow");
+    }
+}
+
+/// Goal: a mounted file system waits for the next server and goes on. Method: a kill in the middle of a copy; the copy ends after
+/// the recovery and is whole.
+#[test]
+fn a_mounted_file_system_waits() -> Result<()> {
+    let control = machine()?;
+    let served = Served::start(&Spec::filter(DISK_512, DataPath::UserCopy))?;
+    run(&format!("mkfs.ext4 -q -F {} 512M", served.device.display()))?;
+    let mounted = Mounted::new(&served.device)?;
+    let id = served.id()?;
+    let bytes = pattern(7, 64 << 20);
+    let file = mounted.folder().join("file");
+    let writer = std::thread::spawn({
+        let (file, bytes) = (file.clone(), bytes.clone());
+        move || -> std::io::Result<()> {
+            std::fs::write(&file, &bytes)?;
+            std::fs::File::open(&file)?.sync_all()
+        }
+    });
+    let device = served.device.clone();
+    until("the copy is under way", || {
+        attribute(&device, "inflight").is_ok_and(|text| text.split_whitespace().any(|n| n != "0"))
+    })?;
+    let spec = served.kill()?;
+    until("it waits", || control.info(id).is_ok_and(|info| info.state() == DeviceState::Quiesced))?;
+    let served = Served::start(&spec)?;
+    writer.join().expect("the writer only writes")?;
+    run("echo 3 > /proc/sys/vm/drop_caches")?;
+    ensure!(std::fs::read(&file)? == bytes);
+    mounted.unmount()?;
+    run(&format!("e2fsck -fn {}", served.device.display()))?;
+    served.stop()
+}
+
+/// Goal: a living server hands its device to another one under load where the kernel can, else it says that it cannot and serves on.
+#[test]
+fn a_living_server_lets_go() -> Result<()> {
+    let control = machine()?;
+    let backing = farshore_uring::BackingOptions { direct: farshore_uring::Direct::On, read_only: false };
+    let config = farshore_ublk::ServerConfig { queues: 2, ..farshore_ublk::ServerConfig::default() };
+    let mut server = Server::start(config, Arc::new(FileDevice::open(DISK_512.as_ref(), backing)?))?;
+    let id = server.id();
+    let load = Fio::start(&server.block_path(), "--rw=randwrite --bs=16k --size=48m --iodepth=16 --verify=crc32c")?;
+    for _ in 0..5 {
+        std::thread::sleep(Duration::from_millis(200));
+        let let_go = server.let_go(Duration::from_secs(10));
+        if !control.features().quiesce() {
+            let refused = let_go.expect_err("before Linux 6.16");
+            ensure!(refused.kind() == ErrorKind::Unsupported && server.is_serving(), "{refused}");
+            break;
+        }
+        let_go?;
+        ensure!(!server.is_serving());
+        ensure!(control.info(id)?.state() == DeviceState::Quiesced, "{:?}", control.info(id)?);
+        drop(server);
+        server = Server::recover(id, Duration::from_secs(20), Arc::new(FileDevice::open(DISK_512.as_ref(), backing)?))?;
+    }
+    load.finish()?;
+    server.stop(farshore_ublk::Stop::IfUnused)?;
+    Ok(())
+}
+
+/// Goal: only the same device takes over. Method: back ends that differ, then the right one.
+#[test]
+fn another_back_end_is_refused_and_the_device_waits_on() -> Result<()> {
+    let control = machine()?;
+    let spec = Spec { backend: format!("null:{}", 64 << 20), ..Spec::filter("-", DataPath::UserCopy) };
+    let served = Served::start(&spec)?;
+    let id = served.id()?;
+    let spec = served.kill()?;
+    let recover = |size, block| {
+        Server::recover(id, Duration::from_secs(5), Arc::new(NullDevice::new(null_geometry(size, block))))
+    };
+    let small = recover(32 << 20, 512).expect_err("too small");
+    ensure!(small.kind() == ErrorKind::Invalid, "{small}");
+    let blocks = recover(64 << 20, 4096).expect_err("other blocks");
+    ensure!(blocks.kind() == ErrorKind::Invalid && blocks.to_string().contains("4096"), "{blocks}");
+    until("it waits on", || control.info(id).is_ok_and(|info| info.state() == DeviceState::Quiesced))?;
+    let served = Served::start(&spec)?;
+    fio(&served.device, "--rw=randread --bs=4k --size=4m --iodepth=8")?;
+    served.stop()
+}
+
+/// Goal: a device that goes with its server cannot be recovered, and says so.
+#[test]
+fn a_mortal_device_is_not_recovered() -> Result<()> {
+    machine()?;
+    let spec = Spec { backend: format!("null:{}", 1 << 20), survives: false, ..Spec::filter("-", DataPath::UserCopy) };
+    let served = Served::start(&spec)?;
+    let id = served.id()?;
+    served.kill()?;
+    let refused = Server::recover(id, Duration::ZERO, Arc::new(NullDevice::new(null_geometry(1 << 20, 512))));
+    let refused = refused.expect_err("it is dead");
+    ensure!(refused.kind() == ErrorKind::Unsupported, "{refused}");
+    Ok(())
+}
+
+/// Goal: the same process takes its device back after its queues have failed. Method: a back end whose queue panics at a certain
+/// write.
+#[test]
+fn a_queue_that_panics_leaves_a_device_to_be_recovered() -> Result<()> {
+    let control = machine()?;
+    let backing = farshore_uring::BackingOptions { direct: farshore_uring::Direct::On, read_only: false };
+    let config = farshore_ublk::ServerConfig { queues: 2, ..farshore_ublk::ServerConfig::default() };
+    let broken = broken::Broken(FileDevice::open(DISK_512.as_ref(), backing)?);
+    let server = Server::start(config, Arc::new(broken))?;
+    let id = server.id();
+    let load = Fio::start(&server.block_path(), "--rw=randwrite --bs=4k --size=16m --iodepth=16 --verify=crc32c")?;
+    until("a queue panics", || !server.is_serving())?;
+    until("it waits", || control.info(id).is_ok_and(|info| info.state() == DeviceState::Quiesced))?;
+    drop(server);
+    let sound = FileDevice::open(DISK_512.as_ref(), backing)?;
+    let server = Server::recover(id, Duration::from_secs(20), Arc::new(sound))?;
+    load.finish()?;
+    server.stop(farshore_ublk::Stop::IfUnused)?;
+    Ok(())
+}
+
+mod broken {
+    //! A device with a fault in its program.
+
+    use std::io;
+
+    use farshore_uring::{
+        AlignedBuf, BlockDevice, BlockQueue, Completion, Done, Errno, Extent, FileDevice, FileQueue, Geometry, Io,
+        Purpose, Request,
+    };
+
+    pub(super) struct Broken(pub(super) FileDevice);
+
+    pub(super) struct BrokenQueue(FileQueue, u32);
+
+    impl BlockDevice for Broken {
+        type Buf = AlignedBuf;
+        type Queue = BrokenQueue;
+
+        fn geometry(&self) -> Geometry {
+            self.0.geometry()
+        }
+
+        fn open_queue<I: Io<AlignedBuf>>(&self, io: &mut I) -> io::Result<BrokenQueue> {
+            Ok(BrokenQueue(self.0.open_queue(io)?, 0))
+        }
+
+        fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
+            self.0.extents(offset, len)
+        }
+    }
+
+    impl BlockQueue for BrokenQueue {
+        type Buf = AlignedBuf;
+
+        fn buffer(&mut self, purpose: Purpose, len: u32) -> AlignedBuf {
+            self.0.buffer(purpose, len)
+        }
+
+        fn submit<I: Io<AlignedBuf>>(&mut self, io: &mut I, tag: u32, request: Request<AlignedBuf>) {
+            self.1 += u32::from(matches!(request, Request::Write { .. }));
+            assert!(self.1 < 300, "the fault of this device");
+            self.0.submit(io, tag, request);
+        }
+
+        fn handle_completion<I: Io<AlignedBuf>>(&mut self, io: &mut I, completion: Completion<AlignedBuf>) {
+            self.0.handle_completion(io, completion);
+        }
+
+        fn handle_wake<I: Io<AlignedBuf>>(&mut self, io: &mut I) {
+            self.0.handle_wake(io);
+        }
+
+        fn poll_done(&mut self) -> Option<Done<AlignedBuf>> {
+            self.0.poll_done()
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! The threads of a server: one per hardware queue, on the processors from which that queue's requests come.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
+
+use farshore_uring::BlockDevice;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+
+use crate::control::Control;
+use crate::error::{Error, ErrorKind};
+use crate::queue::{Queue, Setup, Siblings};
+
+/// Bytes of a mask of processors, as many as `CpuSet` holds.
+const MASK_BYTES: usize = size_of::<CpuSet>();
+
+/// Longest time from a thread's start until its commands are with the kernel. It opens a queue of the device, which may register
+/// much memory.
+const READY_MAX: Duration = Duration::from_secs(30);
+
+pub(crate) type Thread = JoinHandle<io::Result<()>>;
+
+/// Starts a thread per queue and returns when every tag's command is with the kernel.
+///
+/// # Errors
+/// Those of opening a queue. Threads that did start end by themselves when the device is stopped or deleted.
+pub(crate) fn start<D: BlockDevice>(
+    control: &Control,
+    id: u32,
+    queues: u16,
+    device: &Arc<D>,
+    setup: impl Fn(u16) -> Setup,
+) -> Result<Vec<Thread>, Error> {
+    let mut starting = Vec::with_capacity(usize::from(queues));
+    for qid in 0..queues {
+        let affinity = affinity(control, id, qid);
+        starting.push(start_one(id, setup(qid), Arc::clone(device), affinity)?);
+    }
+    let mut threads = Vec::with_capacity(starting.len());
+    for (qid, (thread, ready)) in starting.into_iter().enumerate() {
+        let what = || format!("open queue {qid} of ublk device {id}");
+        match ready.recv_timeout(READY_MAX) {
+            Ok(Ok(())) => threads.push(thread),
+            Ok(Err(error)) => return Err(Error::system(what(), error)),
+            Err(_) => {
+                return Err(Error::new(ErrorKind::TimedOut, format!("cannot {}: no answer of its thread", what())));
+            }
+        }
+    }
+    Ok(threads)
+}
+
+/// The processors of a queue. With one queue that is all of them.
+fn affinity(control: &Control, id: u32, qid: u16) -> Option<CpuSet> {
+    let mask = control.queue_affinity(id, qid, MASK_BYTES).ok()?;
+    let mut set = CpuSet::new();
+    let mut any = false;
+    for cpu in 0..CpuSet::count() {
+        // The mask is an array of longs; on a little-endian machine its bytes are in order.
+        if mask[cpu / 8] & (1 << (cpu % 8)) != 0 {
+            any |= set.set(cpu).is_ok();
+        }
+    }
+    any.then_some(set)
+}
+
+type Starting = (Thread, Receiver<io::Result<()>>);
+
+fn start_one<D: BlockDevice>(
+    id: u32,
+    setup: Setup,
+    device: Arc<D>,
+    affinity: Option<CpuSet>,
+) -> Result<Starting, Error> {
+    let (tell, ready) = sync_channel(1);
+    let qid = setup.qid;
+    let siblings = Arc::clone(&setup.siblings);
+    let run = move || {
+        if let Some(set) = affinity
+            && let Err(error) = sched_setaffinity(Pid::from_raw(0), &set)
+        {
+            // The process is confined to others: it serves from there.
+            tracing::debug!(id, qid, %error, "queue thread not pinned");
+        }
+        flush_io(id, qid);
+        // The ring belongs to the thread that makes it: the kernel takes a tag's commands from no other.
+        let queue = match Queue::open(setup, &*device) {
+            Ok(queue) => queue,
+            Err(error) => {
+                let _starter_gone = tell.send(Err(error));
+                return Ok(());
+            }
+        };
+        drop(device);
+        let _starter_gone = tell.send(Ok(()));
+        // Dropped also where the queue panics.
+        let watch = FailureWatch { siblings, armed: true };
+        serve(id, queue, watch)
+    };
+    let name = format!("ublk-{id}-{qid}");
+    let thread = Builder::new().name(name).spawn(run).map_err(|e| Error::system("start a ublk queue thread", e))?;
+    Ok((thread, ready))
+}
+
+/// Tells the other queues if this one ends otherwise than well.
+struct FailureWatch {
+    siblings: Arc<Siblings>,
+    armed: bool,
+}
+
+impl Drop for FailureWatch {
+    fn drop(&mut self) {
+        if self.armed {
+            self.siblings.fail();
+        }
+    }
+}
+
+fn serve<D: BlockDevice>(id: u32, mut queue: Queue<D>, mut watch: FailureWatch) -> io::Result<()> {
+    let result = queue.run();
+    match &result {
+        Ok(()) => watch.armed = false,
+        Err(error) => tracing::error!(id, %error, "a ublk queue is no longer served"),
+    }
+    result
+}
+
+/// Tells the kernel that this thread writes blocks on behalf of others: an allocation in here must not wait until dirty pages
+/// are written, for they may be on this very device.
+fn flush_io(id: u32, qid: u16) {
+    /// `linux/prctl.h`.
+    const PR_SET_IO_FLUSHER: libc::c_int = 57;
+    const NONE: libc::c_ulong = 0;
+    const ON: libc::c_ulong = 1;
+    // SAFETY: sets a flag of the calling thread; takes no address.
+    let result = unsafe { libc::prctl(PR_SET_IO_FLUSHER, ON, NONE, NONE, NONE) };
+    if result != 0 {
+        let error = io::Error::last_os_error();
+        tracing::warn!(id, qid, %error, "queue thread is no I/O flusher (CAP_SYS_RESOURCE): memory pressure may block it");
+    }
+}
+
+/// Waits for the threads' ends.
+///
+/// # Errors
+/// The first failure among them.
+pub(crate) fn join(threads: Vec<Thread>) -> Result<(), Error> {
+    let mut failure = None;
+    for thread in threads {
+        let name = thread.thread().name().unwrap_or("ublk").to_owned();
+        let error = match thread.join() {
+            Ok(Ok(())) => continue,
+            Ok(Err(source)) => Error::system(format!("thread {name} failed"), source),
+            Err(_) => Error::new(ErrorKind::System, format!("thread {name} panicked")),
+        };
+        failure.get_or_insert(error);
+    }
+    failure.map_or(Ok(()), Err)
+}
