@@ -5,10 +5,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
+use farshore_blkfilter::Volume;
 use farshore_blkfilter::sync::SyncState;
 use farshore_link::identity::Identity;
 use farshore_proto::text::show_time;
-use farshore_proto::{Name, Role, VolumeIndex, WallTime};
+use farshore_proto::{Name, Role, SLOT_BYTES, VolumeIndex, WallTime};
 use farshore_streamer::{DurableBatch, Phase, StreamerStatus};
 use farshore_uring::DirStorage;
 use serde_json::{Value, json};
@@ -17,9 +18,10 @@ use crate::alarms::{Alarm, Alarms, code};
 use crate::api::ProtectRequest;
 use crate::config::AgentConfig;
 use crate::devices::Devices;
+use crate::frontend::Frontend;
 use crate::gate::{self, Gate};
 use crate::group::{Context, Group};
-use crate::source::{open_source, parse_frontend};
+use crate::source::open_source;
 use crate::state::{StateDir, VolumeState};
 use crate::{Error, Result, clock};
 
@@ -155,7 +157,7 @@ impl Agent {
         self.refuse_known(&request.source, |volume| volume.source == request.source)?;
         let frontend = request.frontend.clone().unwrap_or_else(|| default_frontend(&config.state, &group_name, &name));
         // Before a group is made for it.
-        parse_frontend(&frontend)?;
+        Frontend::parse(&frontend)?.check_host()?;
         let backing = open_source(&request.source, config)?;
         self.refuse_known(&request.source, |volume| volume.identity == backing.id.as_str())?;
         let known = self.groups.read().unwrap_or_else(PoisonError::into_inner).get(&group_name).cloned();
@@ -285,6 +287,7 @@ impl Agent {
             "ring_size_bytes": capture.ring().size_bytes(),
             "ring_closed_count": group.shared.ring_closed_count(),
             "log_used_bytes": 0,
+            "missing_bytes": capture.volumes().iter().map(|volume| missing_bytes(volume)).sum::<u64>(),
             "written_bytes": counters.written_bytes,
             "shipped_bytes": stream.shipped_bytes,
             "wire_bytes": status.link.wire_bytes_sent,
@@ -492,6 +495,11 @@ fn sync_document(group: &Group) -> Option<Value> {
         "rate_bytes_per_s": progress.rate,
         "eta_s": progress.eta.map(|eta| eta.as_secs_f64()),
     }))
+}
+
+/// Bytes that resync has to look at, in whole slots.
+fn missing_bytes(volume: &Volume) -> u64 {
+    (volume.missing().count_ones() + volume.in_flight().count_ones()) * SLOT_BYTES
 }
 
 fn point_document(point: &DurableBatch) -> Value {

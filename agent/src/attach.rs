@@ -1,16 +1,25 @@
 //! Finds or makes a group's ring at the start, and says what that means for source and replica.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use farshore_blkfilter::{Content, mark_recovered};
+use farshore_blkfilter::Content;
 use farshore_proto::{GroupId, HostId, Name, VaultId};
-use farshore_ring::{Ring, RingConfig, RingIdentity};
+use farshore_ring::{Dormant, Ring, RingConfig, RingIdentity, Which};
 use farshore_streamer::{CaptureRing, RingSource};
 use farshore_uring::Storage;
 
 use crate::state::{GroupState, StateDir};
 use crate::{Error, Result};
+
+/// What must be known of a dead agent's volumes before its ring is used again.
+pub(crate) struct Predecessor<'a> {
+    /// Volumes of which the kernel issues every unanswered request again, to this agent.
+    pub reissued: BTreeSet<u16>,
+    /// Whether all I/O of the dead agent has ended; may wait. Asked at most once, and only if there is a ring.
+    pub has_ended: &'a dyn Fn() -> bool,
+}
 
 /// Whose ring.
 pub(crate) struct RingOwner {
@@ -53,6 +62,18 @@ impl RingOwner {
     /// Opens the ring that an unclean stop left, or makes one. `state` is changed and written before a ring of a new
     /// incarnation exists, and says `attached` when this returns.
     ///
+    /// A ring that was found goes on in this order:
+    /// 1. It is ours alone (its lock), so no thread of the dead agent runs any more.
+    /// 2. All I/O of the dead agent has ended. *(Else a cell that its last write still reads from would get a new owner, and that
+    ///    owner's bytes would land where the old write goes.)* Where that takes too long, the ring is given up: a new one has other
+    ///    memory.
+    /// 3. What the dead agent was writing is marked missing, but for volumes whose requests come again: those are written and
+    ///    captured again before anybody hears that they succeeded. Nobody can issue them before 4, for that needs a filter.
+    /// 4. The ring is resumed.
+    ///
+    /// Killed between 4 and the last request's coming again, the next start finds nothing of it in the ring, and need not: the kernel
+    /// still has the request. If the device is gone by then, [`crate::group`] compares the whole volume.
+    ///
     /// # Errors
     /// When another agent has the ring, or neither ring nor state can be written.
     pub(crate) fn attach<S: Storage>(
@@ -61,6 +82,7 @@ impl RingOwner {
         slab_bytes: u64,
         state: &mut GroupState,
         store: &StateDir<S>,
+        predecessor: &Predecessor<'_>,
     ) -> Result<Attached> {
         let boot = boot_id()?;
         let path = self.file(dir);
@@ -74,6 +96,13 @@ impl RingOwner {
                     tracing::info!(group = %self.name, "the last start did not get as far as serving");
                     clean = true;
                 }
+                Ok(_) if !(predecessor.has_ended)() => {
+                    tracing::warn!(
+                        group = %self.name,
+                        "a source is still held: the last agent's ring is given up, and everything is compared"
+                    );
+                    state.compare_everything = true;
+                }
                 Ok(found) => {
                     let recovery = found.recovery();
                     tracing::info!(
@@ -82,7 +111,7 @@ impl RingOwner {
                         entries = recovery.head - recovery.freed,
                         "ring of the last process found"
                     );
-                    mark_recovered(&found);
+                    mark_recovered(&found, &predecessor.reissued);
                     let ring = Arc::new(found.resume());
                     if self.stream_fits(&ring, state)? {
                         let content = if state.compare_everything { Content::Unknown } else { Content::AsMarked };
@@ -123,11 +152,117 @@ impl RingOwner {
     }
 }
 
-/// Id of this boot.
-fn boot_id() -> Result<[u8; 16]> {
+/// Marks what the dead agent had under way. Ranges of volumes that the ring does not know are left out: such a volume is compared.
+fn mark_recovered(ring: &Dormant, reissued: &BTreeSet<u16>) {
+    for range in ring.recovery().writing.iter().filter(|range| !reissued.contains(&range.volume)) {
+        if let Some(missing) = ring.bitmap(range.volume, Which::Missing) {
+            missing.set_range(range.offset, range.length);
+        }
+    }
+}
+
+/// Id of this boot, as the kernel writes it.
+pub(crate) fn boot_text() -> Result<String> {
     let path = Path::new("/proc/sys/kernel/random/boot_id");
     let text = std::fs::read_to_string(path).map_err(|error| Error::io("read", path, error))?;
+    Ok(text.trim().to_owned())
+}
+
+/// Id of this boot.
+fn boot_id() -> Result<[u8; 16]> {
+    let text = boot_text()?;
     let hex: String = text.trim().chars().filter(|c| *c != '-').collect();
     let id: VaultId = hex.parse().map_err(|_| Error::failed("boot id", "is not a UUID"))?;
     Ok(id.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use farshore_proto::Name;
+    use farshore_uring::DirStorage;
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    struct Rig {
+        folder: tempfile::TempDir,
+        owner: RingOwner,
+        store: StateDir<DirStorage>,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().expect("a folder");
+            let name = Name::new("g").expect("good");
+            let owner = RingOwner {
+                vault: VaultId([1; 16]),
+                group: GroupId([2; 16]),
+                host: HostId([3; 16]),
+                name: name.clone(),
+                host_name: name.clone(),
+            };
+            let storage = DirStorage::open(folder.path()).expect("a folder");
+            let store = StateDir::open(storage, folder.path(), VaultId([1; 16]), &name).expect("empty");
+            Self { folder, owner, store }
+        }
+
+        fn attach(&self, state: &mut GroupState, reissued: &[u16], has_ended: &dyn Fn() -> bool) -> Result<Attached> {
+            let predecessor = Predecessor { reissued: reissued.iter().copied().collect(), has_ended };
+            self.owner.attach(self.folder.path(), MIB * 8, state, &self.store, &predecessor)
+        }
+
+        /// A ring whose owner died with a write to two volumes under way, after it had served.
+        fn killed(&self, state: &mut GroupState) {
+            let attached = self.attach(state, &[], &|| unreachable!("there is no ring yet")).expect("a ring");
+            let ring = &attached.ring;
+            for volume in [0, 1] {
+                ring.add_volume(volume, [7; 16], MIB).expect("room");
+                let producer = ring.producer();
+                let mut cell = producer.reserve(4096).expect("room");
+                cell.writing(volume, 64 << 10, 4096);
+                // A dead process gives nothing back.
+                std::mem::forget(cell);
+            }
+            let mut source = CaptureRing::new(Arc::clone(ring)).expect("the only consumer");
+            let mut stream = source.load_state().unwrap_or_default();
+            stream.incarnation.0 = state.incarnation;
+            source.store_state(&stream);
+            // Its lock does not outlive a process, but what is forgotten here does: the same bytes in a file of their own.
+            let path = self.owner.file(self.folder.path());
+            let copy = path.with_extension("copy");
+            std::fs::copy(&path, &copy).and_then(|_| std::fs::rename(&copy, &path)).expect("room");
+        }
+    }
+
+    /// Goal: what was being written is marked, but for volumes whose requests come again; and not before old I/O has ended.
+    #[test]
+    fn requests_that_come_again_need_no_mark() {
+        let rig = Rig::new();
+        let mut state = GroupState::new();
+        rig.killed(&mut state);
+        let asked = std::cell::Cell::new(0);
+        let has_ended = || {
+            asked.set(asked.get() + 1);
+            true
+        };
+        let attached = rig.attach(&mut state, &[1], &has_ended).expect("found");
+        assert!(attached.resumed && asked.get() == 1, "asked {} times", asked.get());
+        let missing = |volume| attached.ring.bitmap(volume, Which::Missing).expect("added").count_ones();
+        assert_eq!((missing(0), missing(1)), (1, 0));
+        assert_eq!(attached.content, Content::AsMarked);
+    }
+
+    /// Goal: while old I/O may still read from the ring's memory, that memory is not used again.
+    #[test]
+    fn a_ring_that_old_io_may_use_is_given_up() {
+        let rig = Rig::new();
+        let mut state = GroupState::new();
+        rig.killed(&mut state);
+        let incarnation = state.incarnation;
+        let attached = rig.attach(&mut state, &[0, 1], &|| false).expect("a new one");
+        assert!(!attached.resumed && state.compare_everything && state.incarnation == incarnation + 1);
+        assert_eq!(attached.content, Content::Unknown);
+        assert_eq!(attached.ring.used_bytes(), 0);
+    }
 }

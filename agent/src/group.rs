@@ -1,14 +1,15 @@
 //! One group: its ring, capture, sync, stream, and the front ends of its volumes.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use farshore_blkfilter::sync::SyncConfig;
 use farshore_blkfilter::{CaptureConfig, CaptureGroup, Content, FilterVolume};
 use farshore_link::identity::Identity;
 use farshore_link::quic::SourceLinkConfig;
-use farshore_nbd::{Server, ServerConfig, ServerHandle};
 use farshore_proto::batch::VolumeDecl;
 use farshore_proto::session::SourceConfig;
 use farshore_proto::{BatchNo, ChainHash, Generation, GroupId, HostId, Incarnation, Name, Now, VolumeIndex};
@@ -18,19 +19,24 @@ use farshore_streamer::{
 use farshore_uring::{Backing, DirStorage, FileDevice};
 
 use crate::alarms::{Alarms, code};
-use crate::attach::{Attached, RingOwner};
+use crate::attach::{Attached, Predecessor, RingOwner};
 use crate::config::{AgentConfig, CompressionPolicy, GroupPolicy};
+use crate::frontend::{self, Frontend, NotStopped, Server};
 use crate::hooks::Hooks;
 use crate::shared::{Shared, sync_alarms};
-use crate::source::{SourceFile, open_volume, parse_frontend};
-use crate::state::{GroupState, StateDir, VolumeState};
+use crate::source::{SourceFile, is_let_go, open_volume};
+use crate::state::{GroupState, StateDir, UblkDisk, VolumeState};
 use crate::sync_thread::{Restarts, SyncThread};
 use crate::{Error, Result, clock};
+
+/// How long a start waits for each source that is held still, beyond what opening it waits. A dead agent's I/O ends when the disk
+/// answers; the block layer's own limit is 30 s, and guests wait all the while.
+const RELEASE_MAX: Duration = Duration::from_secs(20);
 
 /// One served volume.
 struct Served {
     filter: Arc<FilterVolume<FileDevice>>,
-    server: ServerHandle,
+    server: Arc<Server>,
 }
 
 /// A running group.
@@ -68,7 +74,20 @@ impl Group {
             name: name.clone(),
             host_name: identity.name.clone(),
         };
-        let attached = owner.attach(&config.ring_dir, config.ring, &mut state, store)?;
+        let volumes = state.volumes.clone();
+        let surviving = |volume: &&VolumeState| volume.ublk.as_ref().and_then(frontend::surviving).is_some();
+        let reissued: BTreeSet<u16> = volumes.iter().filter(surviving).map(|volume| volume.index).collect();
+        let (unclean, asked) = (state.attached, Cell::new(false));
+        let has_ended = || {
+            asked.set(true);
+            volumes.iter().all(|volume| is_let_go(&volume.source, config, RELEASE_MAX))
+        };
+        let predecessor = Predecessor { reissued, has_ended: &has_ended };
+        let attached = owner.attach(&config.ring_dir, config.ring, &mut state, store, &predecessor)?;
+        let reissued = predecessor.reissued;
+        if unclean && !asked.get() && !has_ended() {
+            tracing::warn!(group = %name, "a source is still held by another process");
+        }
         let in_stream = joined_in_stream(&attached, &state)?;
         if !attached.ring.locked() {
             alarms.raise(
@@ -92,7 +111,10 @@ impl Group {
         for (volume, opened) in volumes {
             let joined = in_stream.all.contains(&VolumeIndex(volume.index));
             // A ring that was found does not tell "all of it is in the stream" from "killed before it was marked", or "left".
-            let known = !resumed || (joined && volume.joined);
+            // And where its device is gone, so are the requests that would have come again.
+            let gone =
+                volume.ublk.as_ref().is_some_and(|disk| disk.sequence.is_some()) && !reissued.contains(&volume.index);
+            let known = !resumed || (joined && volume.joined && !gone);
             let content = if known { attached.content } else { Content::Unknown };
             match opened.and_then(|file| shared.add(&volume, file, content, joined, attached.clean)) {
                 Ok(filter) => filters.push((volume, filter)),
@@ -136,6 +158,10 @@ impl Group {
             Self { shared, ring_file: owner.file(&config.ring_dir), policy, streamer, served: Mutex::default() };
         for (volume, filter) in filters {
             if let Err(error) = group.serve(&volume, filter) {
+                if reissued.contains(&volume.index) {
+                    // Nobody knows whether what waits in the device will ever come. It is in the group, so this cannot fail.
+                    let _ = group.shared.capture.resync(VolumeIndex(volume.index));
+                }
                 group.shared.volume_failed(&volume, &error);
             }
         }
@@ -147,12 +173,26 @@ impl Group {
     }
 
     fn serve(&self, volume: &VolumeState, filter: Arc<FilterVolume<FileDevice>>) -> Result<()> {
-        let subject = format!("volume {}/{}", self.shared.name, volume.name);
-        let mut config = ServerConfig::new("", parse_frontend(&volume.frontend)?);
-        config.description = format!("{}/{}", self.shared.name, volume.name);
-        let server = Server::start(config, Arc::clone(&filter)).map_err(|error| Error::failed(subject, error))?;
-        self.served().insert(VolumeIndex(volume.index), Served { filter, server });
+        let index = VolumeIndex(volume.index);
+        let description = format!("{}/{}", self.shared.name, volume.name);
+        let server =
+            Frontend::parse(&volume.frontend)?.serve(&description, volume.ublk.as_ref(), Arc::clone(&filter))?;
+        let disk = server.disk();
+        self.served().insert(index, Served { filter, server: Arc::new(server) });
+        if disk.is_some() && !self.note_disk(index, |kept| *kept = disk) {
+            // Served it is all the same (I1); state.failed is raised.
+            tracing::error!(volume = description, "the next agent will not find this volume's block device");
+        }
         Ok(())
+    }
+
+    /// Notes what becomes of a volume's block device, durably.
+    fn note_disk(&self, index: VolumeIndex, note: impl FnOnce(&mut Option<UblkDisk>)) -> bool {
+        self.shared.update_state(|state| {
+            if let Some(volume) = state.volumes.iter_mut().find(|volume| volume.index == index.0) {
+                note(&mut volume.ublk);
+            }
+        })
     }
 
     /// Protects one more volume, whose source was opened.
@@ -186,6 +226,7 @@ impl Group {
             block: backing.geometry.logical_block,
             frontend,
             joined: false,
+            ublk: left.and_then(|left| left.ublk.clone()),
         };
         if usize::from(volume.index) >= farshore_ring::MAX_VOLUMES {
             return Err(Error::Refused {
@@ -219,10 +260,23 @@ impl Group {
     }
 
     /// Ends the protection of a volume.
+    ///
+    /// # Errors
+    /// [`Error::Refused`]: its block device is in use; it is protected as before.
     pub(crate) fn unprotect(&self, index: VolumeIndex) -> Result<()> {
-        if let Some(served) = self.served().remove(&index) {
-            served.server.stop().map_err(|error| Error::failed("front end", error))?;
+        let server = self.served().get(&index).map(|served| Arc::clone(&served.server));
+        match server {
+            Some(server) => match server.stop() {
+                Ok(()) => _ = self.served().remove(&index),
+                Err(NotStopped::InUse(error) | NotStopped::Failed(error)) => return Err(error),
+            },
+            // Not served, for want of its source perhaps: its device may wait.
+            None => {
+                let disk = self.volumes().into_iter().find(|volume| volume.index == index.0).and_then(|it| it.ublk);
+                disk.as_ref().map_or(Ok(()), frontend::remove_waiting)?;
+            }
         }
+        self.note_disk(index, removed);
         self.forget(index)
     }
 
@@ -259,7 +313,7 @@ impl Group {
 
     /// Address of a volume's front end; none while it cannot be served.
     pub(crate) fn device(&self, index: VolumeIndex) -> Option<String> {
-        self.served().get(&index).and_then(|served| served.server.uri())
+        self.served().get(&index).and_then(|served| served.server.address())
     }
 
     /// Figures of the stream.
@@ -274,10 +328,22 @@ impl Group {
 
     /// Stops in order: no more requests, backing devices flushed, everything shipped if the link allows before `deadline`. What is
     /// not durable at the target is kept as marks; then the ring is not needed any more.
+    ///
+    /// A block device in use is not taken away. It is served for as long as the process lives, and waits for the next agent then; so
+    /// the ring stays as a dead agent would leave it.
     pub(crate) fn stop(self, deadline: Now) -> Result<()> {
         let mut filters = Vec::new();
-        for (_, served) in std::mem::take(&mut *self.served()) {
-            served.server.stop().map_err(|error| Error::failed("front end", error))?;
+        let mut in_use = false;
+        for (index, served) in std::mem::take(&mut *self.served()) {
+            match served.server.stop() {
+                Ok(()) => _ = self.note_disk(index, removed),
+                Err(NotStopped::InUse(reason)) => {
+                    let volume = self.shared.volume_subject(index);
+                    tracing::warn!(volume, %reason, "the volume's device stays, and waits for the next agent");
+                    in_use = true;
+                }
+                Err(NotStopped::Failed(error)) => return Err(error),
+            }
             filters.push(served.filter);
         }
         for filter in &filters {
@@ -286,6 +352,10 @@ impl Group {
         }
         self.shared.sync.stop();
         let last = self.streamer.stop(deadline.since(clock::now()));
+        if in_use {
+            // Requests still come, and are captured in the ring. Their marks are in it, too.
+            return Ok(());
+        }
         let shared = self.shared;
         mark_unshipped(&shared)?;
         for volume in shared.capture.volumes() {
@@ -319,6 +389,13 @@ impl Group {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
             removed => removed.map_err(|error| Error::io("remove ring", &self.ring_file, error)),
         }
+    }
+}
+
+/// The device is no more; its number is asked for again.
+fn removed(disk: &mut Option<UblkDisk>) {
+    if let Some(disk) = disk {
+        disk.sequence = None;
     }
 }
 

@@ -13,6 +13,7 @@ mod clock;
 pub mod config;
 mod devices;
 mod error;
+mod frontend;
 mod gate;
 mod group;
 mod hooks;

@@ -1,15 +1,14 @@
 //! What volumes stand on, and how they are reached.
 
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::time::Duration;
 
 use farshore_blkfilter::{BackingFile, Buf};
-use farshore_nbd::Listen;
 use farshore_uring::{Backing, BackingOptions, Direct, Errno, Extent, FileSlot, Geometry, Io, open_backing};
 
 use crate::config::AgentConfig;
 use crate::state::VolumeState;
-use crate::{Error, Result};
+use crate::{Error, Result, clock};
 
 /// Stands for a source that cannot be opened. Nobody reads or writes it.
 pub(crate) struct Absent(Geometry);
@@ -46,26 +45,49 @@ impl BackingFile for Absent {
 pub(crate) struct SourceFile(pub Backing);
 
 pub(crate) fn open_source(source: &Path, config: &AgentConfig) -> Result<Backing> {
-    let direct = if config.direct { Direct::Auto } else { Direct::Off };
-    let opened = open_backing(source, BackingOptions { direct, read_only: false }).map_err(|error| {
-        let what = format!("source {}", source.display());
-        let kind = error.kind();
-        if kind == std::io::ErrorKind::NotFound {
-            Error::NotFound { what: "source", name: source.display().to_string(), hint: "" }
-        } else if matches!(kind, std::io::ErrorKind::ResourceBusy | std::io::ErrorKind::WouldBlock) {
-            Error::Refused {
-                what,
-                reason: format!("is in use: {}", crate::error::chain(&error)),
-                hint: "unmount it, or end whatever uses it; a volume is written through Farshore only".into(),
+    open_file(source, config)
+        .map_err(|error| {
+            let what = format!("source {}", source.display());
+            if error.kind() == std::io::ErrorKind::NotFound {
+                Error::NotFound { what: "source", name: source.display().to_string(), hint: "" }
+            } else if is_in_use(&error) {
+                Error::Refused {
+                    what,
+                    reason: format!("is in use: {}", crate::error::chain(&error)),
+                    hint: "unmount it, or end whatever uses it; a volume is written through Farshore only".into(),
+                }
+            } else {
+                Error::Failed { what, reason: crate::error::chain(&error) }
             }
-        } else {
-            Error::Failed { what, reason: crate::error::chain(&error) }
+        })
+        .and_then(|backing| match backing.geometry.size {
+            0 => Err(Error::failed(format!("source {}", source.display()), "is empty")),
+            _ => Ok(backing),
+        })
+}
+
+fn open_file(source: &Path, config: &AgentConfig) -> std::io::Result<Backing> {
+    let direct = if config.direct { Direct::Auto } else { Direct::Off };
+    open_backing(source, BackingOptions { direct, read_only: false })
+}
+
+fn is_in_use(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::ResourceBusy | std::io::ErrorKind::WouldBlock)
+}
+
+/// Waits up to `patience` until nobody holds the source any more; `false`: somebody still does. A dead agent holds its sources
+/// until the last of its I/O has ended: its rings have them as registered files.
+pub(crate) fn is_let_go(source: &Path, config: &AgentConfig, patience: Duration) -> bool {
+    let deadline = clock::now().plus(patience);
+    loop {
+        match open_file(source, config) {
+            Err(error) if is_in_use(&error) && clock::now() < deadline => {
+                tracing::info!(source = %source.display(), "the source is still held; I/O of the last agent may not have ended");
+            }
+            Err(error) if is_in_use(&error) => return false,
+            Ok(_) | Err(_) => return true,
         }
-    });
-    opened.and_then(|backing| match backing.geometry.size {
-        0 => Err(Error::failed(format!("source {}", source.display()), "is empty")),
-        _ => Ok(backing),
-    })
+    }
 }
 
 pub(crate) fn open_volume(volume: &VolumeState, config: &AgentConfig) -> Result<SourceFile> {
@@ -90,23 +112,4 @@ pub(crate) fn open_volume(volume: &VolumeState, config: &AgentConfig) -> Result<
         return refused(format!("has blocks of {} bytes now, not {}", backing.geometry.logical_block, volume.block));
     }
     Ok(SourceFile(backing))
-}
-
-/// `nbd+unix:PATH` or `nbd+tcp:IP:PORT`.
-pub(crate) fn parse_frontend(text: &str) -> Result<Listen> {
-    let bad = |reason: &str| Err(Error::Setting { key: "frontend", reason: format!("{text:?} {reason}") });
-    if let Some(path) = text.strip_prefix("nbd+unix:") {
-        let path = PathBuf::from(path);
-        if !path.is_absolute() {
-            return bad("needs an absolute path");
-        }
-        return Ok(Listen::Unix { path, mode: 0o600 });
-    }
-    if let Some(address) = text.strip_prefix("nbd+tcp:") {
-        return match address.parse::<SocketAddr>() {
-            Ok(address) => Ok(Listen::Tcp(address)),
-            Err(_) => bad("needs IP:PORT"),
-        };
-    }
-    bad("is neither nbd+unix:PATH nor nbd+tcp:IP:PORT")
 }

@@ -17,6 +17,8 @@ use serde::{Deserialize, Serialize};
 use crate::{Error, Result};
 
 const FORMAT: u32 = 1;
+/// Of a group's file. 2 added `ublk` to volumes; 1 is read as well.
+const GROUP_FORMAT: u32 = 2;
 const IDENTITY: &str = "agent.toml";
 const GROUPS: &str = "groups";
 const BITMAP_MAGIC: &[u8; 8] = b"FSBITMP1";
@@ -80,10 +82,26 @@ pub struct VolumeState {
     pub size: u64,
     /// Logical block in bytes.
     pub block: u32,
-    /// `nbd+unix:PATH` or `nbd+tcp:ADDR`.
+    /// `ublk`, `ublk:N`, `nbd+unix:PATH` or `nbd+tcp:ADDR`.
     pub frontend: String,
     /// Its initial sync ended: points include it.
     pub joined: bool,
+    /// Its last block device, where it is served over ublk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ublk: Option<UblkDisk>,
+}
+
+/// A block device that outlives the agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UblkDisk {
+    /// The N of `/dev/ublkbN`. Asked for again when the device is made anew.
+    pub id: u32,
+    /// The kernel's `diskseq` of it; none: it was removed in order.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sequence: Option<u64>,
+    /// Boot that the number is of.
+    pub boot: String,
 }
 
 impl GroupState {
@@ -91,7 +109,7 @@ impl GroupState {
     #[must_use]
     pub fn new() -> Self {
         Self {
-            format: FORMAT,
+            format: GROUP_FORMAT,
             generation: 0,
             incarnation: 0,
             ring: 0,
@@ -177,10 +195,11 @@ impl<S: Storage> StateDir<S> {
         let path = group_file(group);
         let state: Option<GroupState> = self.read_document(&path)?;
         match state {
-            Some(state) if state.format != FORMAT => {
-                Err(self.damaged(&path, format!("is of format {}, this build reads {FORMAT}", state.format)))
+            Some(state) if !(1..=GROUP_FORMAT).contains(&state.format) => {
+                Err(self.damaged(&path, format!("is of format {}, this build reads 1 to {GROUP_FORMAT}", state.format)))
             }
-            other => Ok(other),
+            // Written in the newest one from now on.
+            other => Ok(other.map(|state| GroupState { format: GROUP_FORMAT, ..state })),
         }
     }
 
@@ -281,4 +300,44 @@ fn group_file(group: &Name) -> PathBuf {
 
 fn bitmap_file(group: &Name, volume: u16) -> PathBuf {
     PathBuf::from(GROUPS).join(format!("{group}.{volume}.missing"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(folder: &Path) -> StateDir<farshore_uring::DirStorage> {
+        let storage = farshore_uring::DirStorage::open(folder).expect("a folder");
+        StateDir::open(storage, folder, VaultId([1; 16]), &Name::new("host").expect("good")).expect("ours")
+    }
+
+    fn write(folder: &Path, body: &str) {
+        let text = format!("# blake3 {}\n{body}", blake3::hash(body.as_bytes()).to_hex());
+        std::fs::write(folder.join("groups/g.toml"), text).expect("room");
+    }
+
+    /// Goal: what builds before block devices have written is read, and a later format is not guessed at.
+    #[test]
+    fn older_formats_are_read() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (store, group) = (open(folder.path()), Name::new("g").expect("good"));
+        let body = "format = 1\ngeneration = 2\nincarnation = 3\nring = 3\nattached = true\ncompare_everything = false\n\
+                    last_number = 9\nlast_chain = \"00\"\nnext_volume = 1\n\n[[volume]]\nindex = 0\nname = \"v\"\n\
+                    source = \"/dev/sdb\"\nidentity = \"x\"\nsize = 512\nblock = 512\nfrontend = \"nbd+unix:/a\"\njoined = true\n";
+        write(folder.path(), body);
+        let mut state = store.read_group(&group).expect("read").expect("there");
+        assert_eq!((state.format, state.incarnation, &state.volumes[0].ublk), (2, 3, &None));
+
+        state.volumes[0].ublk = Some(UblkDisk { id: 3, sequence: Some(77), boot: "b".into() });
+        state.left.push(VolumeState { index: 1, ublk: None, ..state.volumes[0].clone() });
+        store.write_group(&group, &state).expect("written");
+        assert_eq!(store.read_group(&group).expect("read"), Some(state.clone()));
+        state.volumes[0].ublk = Some(UblkDisk { id: 3, sequence: None, boot: "b".into() });
+        store.write_group(&group, &state).expect("written");
+        assert_eq!(store.read_group(&group).expect("read"), Some(state));
+
+        write(folder.path(), &body.replace("format = 1", "format = 3"));
+        let error = store.read_group(&group).expect_err("newer").to_string();
+        assert!(error.contains("format 3"), "{error}");
+    }
 }

@@ -35,7 +35,7 @@ pub(crate) enum Command {
 
     /// Protect a block device or image file (agent).
     #[command(
-        after_help = "Example:\n  farshore protect /srv/db.img --group db --frontend nbd+unix:/run/farshore/db.sock"
+        after_help = "Examples:\n  farshore protect /srv/db.img --group db --frontend nbd+unix:/run/farshore/db.sock\n  farshore protect /dev/sdb --group db --frontend ublk"
     )]
     Protect {
         /// Block device or image file.
@@ -46,7 +46,8 @@ pub(crate) enum Command {
         /// Name of the volume in the group; default: the source's file name.
         #[arg(long)]
         name: Option<String>,
-        /// How the guest reaches the volume: nbd+unix:PATH or nbd+tcp:ADDR.
+        /// How the guest reaches the volume: nbd+unix:PATH, nbd+tcp:ADDR, ublk (a block device of this host; needs root) or
+        /// ublk:N (as /dev/ublkbN).
         #[arg(long)]
         frontend: Option<String>,
         #[command(flatten)]
@@ -429,7 +430,7 @@ pub(crate) enum HoldCommand {
 /// `view …`
 #[derive(Debug, Subcommand)]
 pub(crate) enum ViewCommand {
-    /// Open a point; prints one URI per volume.
+    /// Open a point; prints one URI or device per volume.
     #[command(after_help = "Example:\n  farshore view open db --at latest --export nbd+unix:/run/farshore/views")]
     Open {
         /// Group.
@@ -437,7 +438,7 @@ pub(crate) enum ViewCommand {
         /// latest, bookmark:NAME, a point id, or an RFC 3339 time.
         #[arg(long)]
         at: String,
-        /// nbd+unix:DIR (a socket per volume) or nbd+tcp:ADDR.
+        /// nbd+unix:DIR (a socket per volume), nbd+tcp:ADDR, or ublk (a block device of this host per volume; needs root).
         #[arg(long)]
         export: Option<String>,
         /// Refuse writes.

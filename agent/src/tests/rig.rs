@@ -48,6 +48,7 @@ pub(super) fn volume(index: u16, joined: bool) -> VolumeState {
         block: 512,
         frontend: format!("nbd+unix:/nowhere/{index}.sock"),
         joined,
+        ublk: None,
     }
 }
 

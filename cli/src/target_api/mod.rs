@@ -10,6 +10,7 @@
 //! | `POST /v1/restore`, `GET /v1/job?id=` | copy a point out |
 //! | `GET /v1/policy?group=`, `POST /v1/policy`, `POST /v1/retention/resume` | how long history is kept |
 
+mod devices;
 mod exports;
 mod jobs;
 mod service;
