@@ -35,7 +35,7 @@ pub(crate) enum Command {
 
     /// Protect a block device or image file (agent).
     #[command(
-        after_help = "Examples:\n  farshore protect /srv/db.img --group db --frontend nbd+unix:/run/farshore/db.sock\n  farshore protect /dev/sdb --group db --frontend ublk"
+        after_help = "Example:\n  farshore protect /srv/db.img --group db --frontend nbd+unix:/run/farshore/db.sock\n  farshore protect /dev/sdb --group db --frontend ublk"
     )]
     Protect {
         /// Block device or image file.
