@@ -6,6 +6,8 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tracing_subscriber::EnvFilter;
 
+use crate::notify::Manager;
+
 /// Starts logging to standard error; `RUST_LOG` chooses, default `info`.
 pub(crate) fn start_log() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
@@ -18,7 +20,7 @@ pub(crate) fn runtime() -> Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the admin runtime")
 }
 
-/// Waits for SIGTERM, SIGINT or the end of the admin server; then stops that in order.
+/// Waits for SIGTERM, SIGINT or the end of the admin server; then stops that in order, and tells a service manager so.
 pub(crate) async fn until_stopped<E: std::error::Error + Send + Sync + 'static>(
     stop: oneshot::Sender<()>,
     mut server: JoinHandle<Result<(), E>>,
@@ -30,6 +32,7 @@ pub(crate) async fn until_stopped<E: std::error::Error + Send + Sync + 'static>(
         _ = interrupt.recv() => tracing::info!("SIGINT: stopping in order"),
         ended = &mut server => return Ok(ended.context("admin server")??),
     }
+    Manager::from_environment().stopping();
     // Fails only if the server has ended already.
     let _ = stop.send(());
     Ok(server.await.context("admin server")??)

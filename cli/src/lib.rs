@@ -11,6 +11,7 @@ mod daemon;
 mod demo;
 pub mod failure;
 mod journal;
+mod notify;
 mod output;
 pub mod sites;
 mod source;

@@ -16,6 +16,7 @@ use serde::Deserialize;
 use crate::args::TargetRun;
 use crate::daemon;
 use crate::failure::Failure;
+use crate::notify::Manager;
 use crate::target_api::{self, Service};
 
 const CONFIG: &str = "/etc/farshore/target.toml";
@@ -54,6 +55,7 @@ fn given<T>(key: &str, value: Option<T>) -> Result<T, Failure> {
 
 pub(crate) fn run(args: TargetRun) -> Result<()> {
     daemon::start_log();
+    let manager = Manager::from_environment();
     let file = match &args.config {
         Some(path) => read(path)?,
         None if Path::new(CONFIG).exists() => read(Path::new(CONFIG))?,
@@ -83,6 +85,8 @@ pub(crate) fn run(args: TargetRun) -> Result<()> {
         let listener = farshore_agent::api::listen(&socket).await?;
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let app = target_api::router(Arc::clone(&service));
+        manager.ready(&format!("listening on {}", server.local_addr()));
+        let signs = tokio::spawn(manager.keep_telling());
         let serving = tokio::spawn(async move {
             axum::serve(listener, app)
                 .with_graceful_shutdown(async {
@@ -91,7 +95,9 @@ pub(crate) fn run(args: TargetRun) -> Result<()> {
                 })
                 .await
         });
-        daemon::until_stopped(stop, serving).await
+        let served = daemon::until_stopped(stop, serving).await;
+        signs.abort();
+        served
     });
     // Best effort: a socket left behind is replaced at the next start.
     let _ = std::fs::remove_file(&socket);

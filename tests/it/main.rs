@@ -8,4 +8,5 @@ mod cli;
 mod clients;
 mod faults;
 mod order;
+mod service;
 mod support;
