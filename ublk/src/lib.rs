@@ -41,3 +41,4 @@ pub use error::{Error, ErrorKind};
 pub use info::{DataPath, DeviceInfo, DeviceState, Features};
 pub use server::{Server, ServerConfig, ServerHandle, Stop};
 pub use stats::Stats;
+pub use threads::become_io_flusher;

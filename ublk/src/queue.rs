@@ -51,6 +51,8 @@ pub(crate) struct Setup {
 #[derive(Default)]
 pub(crate) struct Siblings {
     failed: AtomicBool,
+    /// Nothing failed: the device is let go on purpose.
+    ordered: AtomicBool,
     /// Bounded by the queues.
     wakers: Mutex<Vec<Waker>>,
 }
@@ -65,6 +67,16 @@ impl Siblings {
         // Release pairs with the load in `Queue::run`; each wake orders it as well.
         self.failed.store(true, Ordering::Release);
         self.wakers.lock().unwrap_or_else(PoisonError::into_inner).iter().for_each(Waker::wake);
+    }
+
+    /// Makes every queue let go, on purpose.
+    pub(crate) fn let_go(&self) {
+        self.ordered.store(true, Ordering::Relaxed);
+        self.fail();
+    }
+
+    pub(crate) fn are_ordered(&self) -> bool {
+        self.ordered.load(Ordering::Relaxed)
     }
 
     fn have_failed(&self) -> bool {

@@ -279,14 +279,15 @@ pub struct ServerHandle {
     id: u32,
     counters: Vec<Arc<Counters>>,
     size: Arc<AtomicU64>,
+    siblings: Arc<Siblings>,
     /// Empty once stopped.
     threads: Mutex<Vec<Thread>>,
 }
 
 impl ServerHandle {
     fn new(control: Control, id: u32, serving: Serving) -> Self {
-        let Serving { threads, counters, size, .. } = serving;
-        Self { control, id, counters, size, threads: Mutex::new(threads) }
+        let Serving { threads, counters, size, siblings } = serving;
+        Self { control, id, counters, size, siblings, threads: Mutex::new(threads) }
     }
 
     /// The device's number.
@@ -389,6 +390,16 @@ impl ServerHandle {
             pause();
         }
         ended
+    }
+
+    /// Lets go of the device as the death of this process would, on any kernel: requests under way are issued again to the next
+    /// server, later ones wait for it. When this returns, the threads have ended; the kernel ends their last I/O by itself.
+    pub fn abandon(self) {
+        self.siblings.let_go();
+        let threads = std::mem::take(&mut *self.lock());
+        // That they were made to let go is what they report.
+        let _told = threads::join(threads);
+        tracing::info!(id = self.id, "ublk device let go: it waits for its next server");
     }
 
     /// Opens the disk, exclusively if it has to be unused, and writes out what its page cache holds: after a stop that would

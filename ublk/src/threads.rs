@@ -123,6 +123,7 @@ fn serve<D: BlockDevice>(id: u32, mut queue: Queue<D>, mut watch: FailureWatch) 
     let result = queue.run();
     match &result {
         Ok(()) => watch.armed = false,
+        Err(_) if watch.siblings.are_ordered() => {}
         Err(error) => tracing::error!(id, %error, "a ublk queue is no longer served"),
     }
     result
@@ -131,16 +132,24 @@ fn serve<D: BlockDevice>(id: u32, mut queue: Queue<D>, mut watch: FailureWatch) 
 /// Tells the kernel that this thread writes blocks on behalf of others: an allocation in here must not wait until dirty pages
 /// are written, for they may be on this very device.
 fn flush_io(id: u32, qid: u16) {
+    if let Err(error) = become_io_flusher() {
+        tracing::warn!(id, qid, %error, "queue thread is no I/O flusher (CAP_SYS_RESOURCE): memory pressure may block it");
+    }
+}
+
+/// Makes the calling thread an I/O flusher (`PR_SET_IO_FLUSHER`): its allocations never wait for the write-out of dirty pages,
+/// which may go to a device that this process serves. Threads started later, and programs executed, inherit it.
+///
+/// # Errors
+/// The kernel's: without `CAP_SYS_RESOURCE`, or before Linux 5.6.
+pub fn become_io_flusher() -> io::Result<()> {
     /// `linux/prctl.h`.
     const PR_SET_IO_FLUSHER: libc::c_int = 57;
     const NONE: libc::c_ulong = 0;
     const ON: libc::c_ulong = 1;
     // SAFETY: sets a flag of the calling thread; takes no address.
     let result = unsafe { libc::prctl(PR_SET_IO_FLUSHER, ON, NONE, NONE, NONE) };
-    if result != 0 {
-        let error = io::Error::last_os_error();
-        tracing::warn!(id, qid, %error, "queue thread is no I/O flusher (CAP_SYS_RESOURCE): memory pressure may block it");
-    }
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Waits for the threads' ends.
