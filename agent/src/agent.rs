@@ -23,6 +23,7 @@ use crate::gate::{self, Gate};
 use crate::group::{Context, Group};
 use crate::source::open_source;
 use crate::state::{StateDir, VolumeState};
+use crate::supervisor::SupervisorLink;
 use crate::{Error, Result, clock};
 
 /// An identity that expires within this time raises an alarm.
@@ -67,7 +68,10 @@ impl Agent {
         if left < EXPIRY_WARNING {
             alarms.raise(code::EXPIRES, "", format!("the certificate expires on {}", show_time(identity.not_after)));
         }
-        let context = Context { config: Arc::new(config), identity: Arc::new(identity), store, alarms };
+        let supervisor = SupervisorLink::new(&config.ring_dir, &identity.name);
+        // Before anything is opened that a pass-through holds.
+        supervisor.let_go()?;
+        let context = Context { config: Arc::new(config), identity: Arc::new(identity), store, alarms, supervisor };
         let agent = Self { context, groups: RwLock::default(), changes: Mutex::default(), requests: Gate::default() };
         for name in agent.context.store.groups()? {
             let started = match agent.context.store.read_group(&name) {
@@ -84,10 +88,17 @@ impl Agent {
                     let text = format!("is not protected: {}", crate::error::chain(&error));
                     agent.context.alarms.raise(code::UNAVAILABLE, name.as_str(), text);
                 }
-                Ok(()) => {}
+                Ok(()) => agent.report(false),
             }
         }
+        agent.report(true);
         Ok(agent)
+    }
+
+    /// Tells the supervisor which block devices this process serves.
+    fn report(&self, ready: bool) {
+        let disks = self.groups().iter().flat_map(|group| group.roster()).collect();
+        self.context.supervisor.report(disks, ready);
     }
 
     fn changes(&self) -> MutexGuard<'_, ()> {
@@ -166,6 +177,7 @@ impl Agent {
             Some(group) => protect(&group).map(|volume| (group, volume))?,
             None => self.with_new_group(group_name, protect)?,
         };
+        self.report(true);
         Ok(volume_document(&group, &volume))
     }
 
@@ -219,7 +231,14 @@ impl Agent {
         let _inside = self.requests.enter()?;
         let _changes = self.changes();
         let (group, volume) = self.volume(text)?;
-        group.unprotect(VolumeIndex(volume.index))?;
+        let index = VolumeIndex(volume.index);
+        if group.device(index).is_none() {
+            // The supervisor may serve it meanwhile.
+            self.context.supervisor.let_go()?;
+        }
+        let unprotected = group.unprotect(index);
+        self.report(true);
+        unprotected?;
         Ok(volume_document(&group, &volume))
     }
 

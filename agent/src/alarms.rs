@@ -35,6 +35,10 @@ pub(crate) mod code {
     pub(crate) const UNLOCKED: &str = "ring.unlocked";
     /// State could not be written.
     pub(crate) const STATE: &str = "state.failed";
+    /// No worker serves the volumes, and their requests wait.
+    pub(crate) const WORKER_DOWN: &str = "agent.worker-down";
+    /// No worker serves the volumes: writes go to the disks without capture.
+    pub(crate) const BYPASSED: &str = "agent.bypassed";
     /// The certificate expires soon.
     pub(crate) const EXPIRES: &str = "identity.expires";
 }

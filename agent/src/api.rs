@@ -10,6 +10,7 @@
 //! | `POST /v1/unprotect`, `POST /v1/resync` | [`VolumeRequest`] |
 //! | `POST /v1/bookmark`, `POST /v1/wait` | [`PointRequest`] |
 
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -144,7 +145,23 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
 /// # Errors
 /// When the socket cannot be made, or another agent answers on it.
 pub async fn serve(agent: Arc<Agent>, socket: &Path, stop: oneshot::Receiver<()>) -> Result<()> {
-    let listener = listen(socket).await?;
+    let result = serve_on(agent, listen_std(socket, false)?, socket, stop).await;
+    // The name is ours; a socket left behind is replaced at the next start anyway.
+    let _ = std::fs::remove_file(socket);
+    result
+}
+
+/// Serves the API on an open listener, which `socket` names, until `stop` fires.
+///
+/// # Errors
+/// When the listener fails.
+pub async fn serve_on(
+    agent: Arc<Agent>,
+    listener: UnixListener,
+    socket: &Path,
+    stop: oneshot::Receiver<()>,
+) -> Result<()> {
+    let listener = in_runtime(listener, socket)?;
     let stopping = Arc::clone(&agent);
     let served = axum::serve(listener, router(agent)).with_graceful_shutdown(async move {
         // A dropped sender means stop as well.
@@ -152,23 +169,35 @@ pub async fn serve(agent: Arc<Agent>, socket: &Path, stop: oneshot::Receiver<()>
         // Else the end would wait for whoever waits for a point.
         stopping.refuse_requests();
     });
-    let result = served.await.map_err(|error| Error::io("serve", socket, error));
-    // The name is ours; a socket left behind is replaced at the next start anyway.
-    let _ = std::fs::remove_file(socket);
-    result
+    served.await.map_err(|error| Error::io("serve", socket, error))
 }
 
 /// Listens on an admin socket: folder made, stale file replaced, mode 0660.
 ///
 /// # Errors
 /// When the socket cannot be made, or another daemon answers on it.
-pub async fn listen(socket: &Path) -> Result<tokio::net::UnixListener> {
+///
+/// # Panics
+/// Outside of a tokio runtime.
+pub fn listen(socket: &Path) -> Result<tokio::net::UnixListener> {
+    in_runtime(listen_std(socket, false)?, socket)
+}
+
+fn in_runtime(listener: UnixListener, socket: &Path) -> Result<tokio::net::UnixListener> {
+    listener
+        .set_nonblocking(true)
+        .and_then(|()| tokio::net::UnixListener::from_std(listener))
+        .map_err(|error| Error::io("listen on", socket, error))
+}
+
+/// As [`listen`], outside of a runtime. `replace`: whoever has the name is known to be gone, or about to.
+pub(crate) fn listen_std(socket: &Path, replace: bool) -> Result<UnixListener> {
     use std::os::unix::fs::PermissionsExt;
     if let Some(folder) = socket.parent() {
         std::fs::create_dir_all(folder).map_err(|error| Error::io("create", folder, error))?;
     }
     if socket.exists() {
-        if tokio::net::UnixStream::connect(socket).await.is_ok() {
+        if !replace && UnixStream::connect(socket).is_ok() {
             return Err(Error::Refused {
                 what: format!("socket {}", socket.display()),
                 reason: "another daemon answers on it".into(),
@@ -177,7 +206,7 @@ pub async fn listen(socket: &Path) -> Result<tokio::net::UnixListener> {
         }
         std::fs::remove_file(socket).map_err(|error| Error::io("remove stale", socket, error))?;
     }
-    let listener = tokio::net::UnixListener::bind(socket).map_err(|error| Error::io("listen on", socket, error))?;
+    let listener = UnixListener::bind(socket).map_err(|error| Error::io("listen on", socket, error))?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o660))
         .map_err(|error| Error::io("set the mode of", socket, error))?;
     Ok(listener)

@@ -11,6 +11,7 @@ use farshore_streamer::{CaptureRing, RingSource};
 use farshore_uring::Storage;
 
 use crate::state::{GroupState, StateDir};
+use crate::supervisor::{forget_bypassed, was_bypassed};
 use crate::{Error, Result};
 
 /// What must be known of a dead agent's volumes before its ring is used again.
@@ -44,7 +45,7 @@ pub(crate) struct Attached {
 impl RingOwner {
     /// The ring's file in `dir`.
     pub(crate) fn file(&self, dir: &Path) -> PathBuf {
-        dir.join(format!("farshore-{}-{}.ring", self.host_name, self.name))
+        ring_file(dir, &self.host_name, self.name.as_str())
     }
 
     fn identity(&self, state: &GroupState, boot: [u8; 16]) -> RingIdentity {
@@ -86,6 +87,12 @@ impl RingOwner {
     ) -> Result<Attached> {
         let boot = boot_id()?;
         let path = self.file(dir);
+        if was_bypassed(dir, &self.host_name, self.name.as_str()) {
+            tracing::warn!(group = %self.name, "was served without capture: everything is compared");
+            state.compare_everything = true;
+            store.write_group(&self.name, state)?;
+            forget_bypassed(dir, &self.host_name, self.name.as_str());
+        }
         let mut clean = !state.attached;
         if state.attached {
             match Ring::open(&path, &self.identity(state, boot)) {
@@ -150,6 +157,11 @@ impl RingOwner {
             CaptureRing::new(Arc::clone(ring)).map_err(|error| Error::failed("ring", crate::error::chain(&error)))?;
         Ok(source.load_state().is_none_or(|stream| stream.incarnation.0 == state.incarnation))
     }
+}
+
+/// The ring of a group on `host`.
+pub(crate) fn ring_file(dir: &Path, host: &Name, group: &str) -> PathBuf {
+    dir.join(format!("farshore-{host}-{group}.ring"))
 }
 
 /// Marks what the dead agent had under way. Ranges of volumes that the ring does not know are left out: such a volume is compared.

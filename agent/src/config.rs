@@ -34,6 +34,12 @@ pub struct AgentFile {
     pub workers: Option<usize>,
     /// Open sources past the page cache where the file system can (default).
     pub direct: Option<bool>,
+    /// Longest time without service before volumes are served without capture.
+    #[serde(default, deserialize_with = "duration")]
+    pub worker_gap_max: Option<Duration>,
+    /// Longest time that a worker may leave requests alone.
+    #[serde(default, deserialize_with = "duration")]
+    pub worker_hang_max: Option<Duration>,
     /// Policies by group name.
     #[serde(default)]
     pub group: BTreeMap<String, GroupFile>,
@@ -116,6 +122,12 @@ pub struct AgentConfig {
     /// Open sources past the page cache where the file system can. Default true: a guest's flush means the same as on the
     /// bare device, and memory is not spent twice.
     pub direct: bool,
+    /// Longest time that block devices are served by nobody before the supervisor serves them without capture (I1). Default 5 s, 1 s to
+    /// 10 min. Raising it lets guests wait longer for a worker, and saves the compare of everything that follows a pass-through.
+    pub worker_gap_max: Duration,
+    /// Longest time that a worker may end no request while some wait and no disk is at work. Then it is killed. Default 2 s, 500 ms to
+    /// 10 min.
+    pub worker_hang_max: Duration,
     /// Policies by group name; a group without an entry has [`GroupPolicy::default`].
     pub groups: BTreeMap<Name, GroupPolicy>,
 }
@@ -185,6 +197,12 @@ impl AgentConfig {
         }
         let connections = in_range("connections", file.connections.unwrap_or(2), 1, 16)?;
         let workers = in_range("workers", file.workers.unwrap_or(1), 1, 64)?;
+        let worker = |key, given: Option<Duration>, default: u64, least: u64| {
+            let (default, least) = (Duration::from_millis(default), Duration::from_millis(least));
+            in_range_of_time(key, given.unwrap_or(default), least, Duration::from_secs(600))
+        };
+        let worker_gap_max = worker("worker_gap_max", file.worker_gap_max, 5000, 1000)?;
+        let worker_hang_max = worker("worker_hang_max", file.worker_hang_max, 2000, 500)?;
         let mut groups = BTreeMap::new();
         for (name, table) in file.group {
             groups.insert(Name::new(name)?, GroupPolicy::validate(&table)?);
@@ -203,6 +221,8 @@ impl AgentConfig {
             connections,
             workers,
             direct: file.direct.unwrap_or(true),
+            worker_gap_max,
+            worker_hang_max,
             groups,
         })
     }
@@ -219,6 +239,14 @@ fn in_range(key: &'static str, value: usize, min: usize, max: usize) -> Result<u
         Ok(value)
     } else {
         Err(Error::Setting { key, reason: format!("{value}, allowed is {min} to {max}") })
+    }
+}
+
+fn in_range_of_time(key: &'static str, value: Duration, min: Duration, max: Duration) -> Result<Duration> {
+    if (min..=max).contains(&value) {
+        Ok(value)
+    } else {
+        Err(Error::Setting { key, reason: format!("{value:?}, allowed is {min:?} to {max:?}") })
     }
 }
 
@@ -244,16 +272,9 @@ impl GroupPolicy {
             compression: compression(table.compression.as_deref())?,
         };
         let ms = Duration::from_millis;
-        let duration = |key, value: Duration, min: Duration, max: Duration| {
-            if (min..=max).contains(&value) {
-                Ok(())
-            } else {
-                Err(Error::Setting { key, reason: format!("{value:?}, allowed is {min:?} to {max:?}") })
-            }
-        };
-        duration("cut_max", policy.cut_max, ms(1), ms(3_600_000))?;
-        duration("cut_min", policy.cut_min, ms(1), policy.cut_max)?;
-        duration("stall_max", policy.stall_max, ms(1), ms(5000))?;
+        in_range_of_time("cut_max", policy.cut_max, ms(1), ms(3_600_000))?;
+        in_range_of_time("cut_min", policy.cut_min, ms(1), policy.cut_max)?;
+        in_range_of_time("stall_max", policy.stall_max, ms(1), ms(5000))?;
         for (key, value) in [("bandwidth", policy.bandwidth), ("sync_rate", policy.sync_rate)] {
             if value.is_some_and(|rate| rate < 64 << 10) {
                 return Err(Error::Setting { key, reason: "is below 64 KiB per second".into() });
@@ -307,6 +328,7 @@ mod tests {
             ("ring = '1MiB'", "ring"),
             ("ring = '4GiB'", "ring"),
             ("connections = 0", "connections"),
+            ("worker_gap_max = '500ms'", "worker_gap_max"),
             ("[group.db]\ncut_min = '2s'", "cut_min"),
             ("[group.db]\ncut_mni = '2s'", "cut_mni"),
             ("[group.db]\ngranularity = 'day'", "granularity"),

@@ -254,7 +254,7 @@ fn sequence(id: u32) -> Option<u64> {
 }
 
 /// A process that has the disk or a partition of it open. What /proc hides (another user's, without root) is not seen.
-fn opener(disk: &Path) -> Option<u32> {
+pub(crate) fn opener(disk: &Path) -> Option<u32> {
     let name = disk.file_name()?.to_str()?;
     let number = std::fs::metadata(disk).ok()?.rdev();
     let processes = std::fs::read_dir("/proc").ok()?;

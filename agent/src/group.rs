@@ -26,6 +26,7 @@ use crate::hooks::Hooks;
 use crate::shared::{Shared, sync_alarms};
 use crate::source::{SourceFile, is_let_go, open_volume};
 use crate::state::{GroupState, StateDir, UblkDisk, VolumeState};
+use crate::supervisor::{RosterDisk, SupervisorLink};
 use crate::sync_thread::{Restarts, SyncThread};
 use crate::{Error, Result, clock};
 
@@ -55,13 +56,14 @@ pub(crate) struct Context {
     pub identity: Arc<Identity>,
     pub store: StateDir<DirStorage>,
     pub alarms: Arc<Alarms>,
+    pub supervisor: SupervisorLink,
 }
 
 impl Group {
     /// Starts a group from its state: finds its ring, serves its volumes, connects. A volume that cannot be served is left
     /// out with an alarm; the others are served.
     pub(crate) fn start(context: &Context, name: Name, mut state: GroupState) -> Result<Self> {
-        let Context { config, identity, store, alarms } = context;
+        let Context { config, identity, store, alarms, supervisor: _ } = context;
         let epoch = identity.newest_epoch().ok_or_else(|| Error::failed("identity", "holds no data key"))?;
         let host = HostId::derive(identity.vault, &identity.name);
         let host_key =
@@ -309,6 +311,18 @@ impl Group {
     /// The group's volumes, as kept.
     pub(crate) fn volumes(&self) -> Vec<VolumeState> {
         self.shared.state().volumes.clone()
+    }
+
+    /// The block devices that outlive this process, and whether they are served now.
+    pub(crate) fn roster(&self) -> Vec<RosterDisk> {
+        let group = self.shared.name.to_string();
+        let disk_of = |volume: VolumeState| {
+            let disk = volume.ublk.filter(|disk| disk.sequence.is_some())?;
+            let served = self.device(VolumeIndex(volume.index)).is_some();
+            let name = format!("{group}/{}", volume.name);
+            Some(RosterDisk { volume: name, group: group.clone(), disk, backing: volume.source, served })
+        };
+        self.volumes().into_iter().filter_map(disk_of).collect()
     }
 
     /// Address of a volume's front end; none while it cannot be served.

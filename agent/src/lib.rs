@@ -21,6 +21,7 @@ mod points;
 mod shared;
 mod source;
 pub mod state;
+pub mod supervisor;
 mod sync_thread;
 #[cfg(test)]
 mod tests;

@@ -257,10 +257,31 @@ pub(crate) enum AgentCommand {
         after_help = "Example:\n  farshore agent run --identity db1.bundle --state /var/lib/farshore/agent --upstream dr.example:7400"
     )]
     Run(AgentRun),
+    /// The process that the daemon starts for the work, and starts again when it dies.
+    #[command(hide = true, after_help = "Started by `farshore agent run`, with the same flags.")]
+    Worker(AgentRun),
+    /// Say whether this program could run the daemon with these flags; changes nothing.
+    #[command(hide = true, after_help = "Asked by `farshore agent upgrade`.")]
+    Check(AgentRun),
+    /// Let another binary go on with the same volumes: under load, without an error for their users and without a resync. A binary that
+    /// does not come to serving is replaced by the old one.
+    #[command(after_help = "Example:\n  farshore agent upgrade /usr/bin/farshore")]
+    Upgrade {
+        /// The binary.
+        binary: PathBuf,
+        #[command(flatten)]
+        socket: AgentSocket,
+    },
+    /// Show the daemon's processes: how often the worker was started, how it ended last, and what is served without it.
+    #[command(after_help = "Example:\n  farshore agent show --json")]
+    Show {
+        #[command(flatten)]
+        socket: AgentSocket,
+    },
 }
 
 /// Flags of `agent run`; each can stand in the configuration file.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(crate) struct AgentRun {
     /// Identity bundle.
     #[arg(long)]

@@ -20,6 +20,39 @@ pub(crate) fn runtime() -> Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the admin runtime")
 }
 
+/// A daemon has ended with this code, and said why itself.
+#[derive(Debug)]
+pub(crate) struct Ended(pub std::process::ExitCode);
+
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the daemon has ended")
+    }
+}
+
+impl std::error::Error for Ended {}
+
+/// Signs of life of a loop that turns more often than the service manager wants to hear.
+pub(crate) struct Signs {
+    manager: Manager,
+    last: std::cell::Cell<Option<std::time::Instant>>,
+}
+
+impl Signs {
+    pub(crate) fn new(manager: Manager) -> Self {
+        Self { manager, last: std::cell::Cell::new(None) }
+    }
+
+    /// The loop turns.
+    pub(crate) fn alive(&self) {
+        let Some(interval) = self.manager.interval() else { return };
+        if self.last.get().is_none_or(|last| last.elapsed() >= interval) {
+            self.last.set(Some(std::time::Instant::now()));
+            self.manager.alive();
+        }
+    }
+}
+
 /// Waits for SIGTERM, SIGINT or the end of the admin server; then stops that in order, and tells a service manager so.
 pub(crate) async fn until_stopped<E: std::error::Error + Send + Sync + 'static>(
     stop: oneshot::Sender<()>,

@@ -42,6 +42,10 @@ fn run(command: Command, output: &Output) -> anyhow::Result<()> {
         Command::Demo(args) => demo::run(&args, output),
         Command::Vault(command) => vault::run(command, output),
         Command::Agent(AgentCommand::Run(args)) => agent_run::run(args),
+        Command::Agent(AgentCommand::Worker(args)) => agent_run::work(args),
+        Command::Agent(AgentCommand::Check(args)) => agent_run::check(args, output),
+        Command::Agent(AgentCommand::Upgrade { binary, socket }) => source::upgrade(&binary, &socket.agent, output),
+        Command::Agent(AgentCommand::Show { socket }) => source::show(&socket.agent, output),
         Command::Target(TargetCommand::Run(args)) => target_run::run(args),
         Command::Target(TargetCommand::ResumeRetention { socket }) => views::resume_retention(&socket, output),
         Command::Journal(command) => journal::run(command, output),
@@ -67,6 +71,9 @@ fn run(command: Command, output: &Output) -> anyhow::Result<()> {
 
 /// Prints `error: what: why` and the hint, and gives the exit code.
 fn report(error: &anyhow::Error, output: &Output) -> ExitCode {
+    if let Some(daemon::Ended(code)) = error.downcast_ref() {
+        return *code;
+    }
     let of_agent = error.downcast_ref::<farshore_agent::Error>().map(Failure::from_agent);
     let failure = of_agent.as_ref().or_else(|| error.downcast_ref::<Failure>());
     if output.is_json() {

@@ -4,12 +4,47 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
+use farshore_agent::supervisor::supervisor_socket;
 use serde_json::{Value, json};
 
 use crate::args::Command;
 use crate::client::Daemon;
 use crate::failure::Failure;
 use crate::output::{Output, cell, seconds, size, table};
+
+/// Longest wait for an upgrade: the check of the new binary, its start, and the way back.
+const UPGRADE_MAX: Duration = Duration::from_secs(180);
+
+pub(crate) fn upgrade(binary: &Path, socket: &Path, output: &Output) -> Result<()> {
+    let binary =
+        std::path::absolute(binary).map_err(|e| Failure::usage(binary.display().to_string(), e.to_string()))?;
+    let daemon = Daemon::agent(supervisor_socket(socket));
+    let done = daemon.post_within("/v1/upgrade", &json!({ "binary": binary }), UPGRADE_MAX)?;
+    output.show(&done, |done| {
+        format!("version {} serves; volumes waited {}", cell(&done["version"]), seconds(&done["pause_s"]))
+    });
+    Ok(())
+}
+
+pub(crate) fn show(socket: &Path, output: &Output) -> Result<()> {
+    let shown = Daemon::agent(supervisor_socket(socket)).get("/v1/supervisor")?;
+    output.show(&shown, |shown| {
+        let mut text = format!(
+            "supervisor {} of version {}; worker {} {}, started {} time(s), last end: {}\n",
+            cell(&shown["pid"]),
+            cell(&shown["version"]),
+            cell(&shown["worker_pid"]),
+            cell(&shown["worker"]),
+            cell(&shown["starts"]),
+            cell(&shown["last_end"]),
+        );
+        for volume in shown["bypassed"].as_array().map(Vec::as_slice).unwrap_or_default() {
+            text += &format!("  {} is served without capture\n", cell(volume));
+        }
+        text
+    });
+    Ok(())
+}
 
 /// Time beyond the daemon's own limit after which the command line gives up on an answer.
 const GRACE: Duration = Duration::from_secs(5);

@@ -82,7 +82,7 @@ pub(crate) fn run(args: TargetRun) -> Result<()> {
     tracing::info!(address = %server.local_addr(), data = %data.display(), "target is listening");
     let runtime = daemon::runtime()?;
     let served = runtime.block_on(async {
-        let listener = farshore_agent::api::listen(&socket).await?;
+        let listener = farshore_agent::api::listen(&socket)?;
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let app = target_api::router(Arc::clone(&service));
         manager.ready(&format!("listening on {}", server.local_addr()));

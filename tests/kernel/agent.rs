@@ -1,5 +1,6 @@
 //! Volumes of a running agent as block devices of the kernel: kills, stops, and what the second site has in the end.
 
+use std::any::Any;
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
@@ -16,13 +17,13 @@ use tempfile::TempDir;
 
 use crate::rig::{DISK_512, Fio, Mounted, fio, machine, pattern, run, until};
 
-const GROUP: &str = "g";
-const VOLUME: &str = "disk";
-const MIB: u64 = 1 << 20;
+pub(crate) const GROUP: &str = "g";
+pub(crate) const VOLUME: &str = "disk";
+pub(crate) const MIB: u64 = 1 << 20;
 /// Size of the protected partition.
 const PARTITION_BYTES: u64 = 64 * MIB;
 /// The machine emulates its processor: syncs and shipping take their time.
-const LIMIT_SECONDS: u64 = 240;
+pub(crate) const LIMIT_SECONDS: u64 = 240;
 
 /// How long a write to a slow disk takes, in milliseconds: long beside the restart of an agent's first steps.
 const SLOW_MS: u32 = 700;
@@ -82,38 +83,52 @@ fn write_table(table: &[u8]) -> Result<()> {
     run(&format!("blockdev --rereadpt {DISK_512}")).map(drop)
 }
 
-/// Both sites, and a protected partition.
-struct Rig {
-    sites: Sites,
-    device: PathBuf,
-    control: Control,
+/// Both sites, and a protected device.
+pub(crate) struct Rig {
+    pub(crate) sites: Sites,
+    pub(crate) device: PathBuf,
+    pub(crate) control: Control,
     /// What agents said that are dead now.
     past: Vec<String>,
     random: u64,
     _folder: TempDir,
-    _partition: Partition,
+    /// What made the protected device, taken apart last.
+    _below: Box<dyn Any>,
 }
 
 impl Rig {
     /// Protects the partition over ublk, and waits until it is at the second site.
-    fn start(seed: u64, slow: bool) -> Result<Self> {
+    pub(crate) fn start(seed: u64, slow: bool) -> Result<Self> {
         let control = machine()?;
         let partition = Partition::make(slow)?;
+        Self::over(seed, control, &partition.path(), Box::new(partition), |_| {})
+    }
+
+    /// Protects `source` over ublk, and waits until it is at the second site. `below` is what made it.
+    pub(crate) fn over(
+        seed: u64,
+        control: Control,
+        source: &Path,
+        below: Box<dyn Any>,
+        configure: impl FnOnce(&mut SitesConfig),
+    ) -> Result<Self> {
         let folder = tempfile::tempdir().context("make a folder")?;
         let binary = std::env::var_os("FARSHORE_BIN").context("FARSHORE_BIN names the binary under test")?;
-        let config = SitesConfig { ring: 256 * MIB, ..SitesConfig::new(binary, folder.path()) };
+        let mut config = SitesConfig { ring: 256 * MIB, ..SitesConfig::new(binary, folder.path()) };
+        // The machine emulates its processors, and shares them: what is to be tried is not how fast a process starts.
+        config.agent_toml = "worker_gap_max = '60s'\nworker_hang_max = '6s'\n".to_owned();
+        configure(&mut config);
         let sites = Sites::start(config)?;
-        let body = json!({ "source": partition.path(), "group": GROUP, "name": VOLUME, "frontend": "ublk" });
+        let body = json!({ "source": source, "group": GROUP, "name": VOLUME, "frontend": "ublk" });
         let volume = sites.agent().post("/v1/protect", &body)?;
         let device = PathBuf::from(volume["device"].as_str().context("a device")?);
-        let rig =
-            Self { sites, device, control, past: Vec::new(), random: seed, _folder: folder, _partition: partition };
+        let rig = Self { sites, device, control, past: Vec::new(), random: seed, _folder: folder, _below: below };
         rig.sites.wait(GROUP, LIMIT_SECONDS)?;
         Ok(rig)
     }
 
     /// A pseudo-random number below `end` (SplitMix64).
-    fn random(&mut self, end: u64) -> u64 {
+    pub(crate) fn random(&mut self, end: u64) -> u64 {
         self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.random;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -121,30 +136,43 @@ impl Rig {
         (mixed ^ (mixed >> 31)) % end
     }
 
-    fn id(&self) -> Result<u32> {
+    pub(crate) fn id(&self) -> Result<u32> {
         let name = self.device.to_str().context("a plain path")?;
         name.trim_start_matches("/dev/ublkb").parse().context("a device's number")
     }
 
-    fn state(&self) -> Result<DeviceState> {
+    pub(crate) fn state(&self) -> Result<DeviceState> {
         Ok(self.control.info(self.id()?)?.state())
     }
 
-    fn device_now(&self) -> Result<Value> {
+    pub(crate) fn device_now(&self) -> Result<Value> {
         Ok(self.sites.agent().get("/v1/volumes")?[0]["device"].clone())
     }
 
-    /// `kill -9` of the agent and a new one, which has to find everything.
-    fn kill_and_restart(&mut self) -> Result<()> {
+    /// `kill -9` of the agent's worker; its supervisor starts a new one, which has to find everything.
+    pub(crate) fn kill_and_restart(&mut self) -> Result<()> {
+        let victim = self.sites.agent_pid();
+        self.sites.kill_worker()?;
+        self.sites.await_worker(victim)?;
+        self.check_found()
+    }
+
+    /// `kill -9` of the agent as a whole, and a new one, which has to find everything.
+    pub(crate) fn kill_all_and_restart(&mut self) -> Result<()> {
         self.past.extend(self.sites.logs());
         self.sites.kill_agent();
         self.sites.start_agent()?;
+        self.sites.await_worker(None)?;
+        self.check_found()
+    }
+
+    fn check_found(&self) -> Result<()> {
         ensure!(self.device_now()? == json!(self.device), "the device is {}", self.device_now()?);
         self.check_nothing_missing()
     }
 
     /// Nothing was ever marked missing, so nothing is to be compared or sent a second time.
-    fn check_nothing_missing(&self) -> Result<()> {
+    pub(crate) fn check_nothing_missing(&self) -> Result<()> {
         let status = &self.sites.agent().get("/v1/status")?[0];
         let good = status["tier"] == "ring" && status["missing_bytes"] == 0 && status["ring_closed_count"] == 0;
         ensure!(good, "something is missing: {status:#}");
@@ -152,14 +180,14 @@ impl Rig {
     }
 
     /// Writes that the dead agents had handed to the disk and not published yet, as those after them found.
-    fn writes_cut_off(&self) -> u64 {
+    pub(crate) fn writes_cut_off(&self) -> u64 {
         let lines = self.past.iter().cloned().chain(self.sites.logs());
         let found = lines.filter(|line| line.contains("ring of the last process found"));
         found.filter_map(|line| line.split_once("writing=")?.1.split_whitespace().next()?.parse::<u64>().ok()).sum()
     }
 
     /// No agent, alive or dead, said that it compares anything, or that somebody must act.
-    fn check_logs(&self) -> Result<()> {
+    pub(crate) fn check_logs(&self) -> Result<()> {
         let logs = self.past.iter().cloned().chain(self.sites.logs());
         let bad = |line: &String| line.contains("compared") || line.contains(" ERROR ") || line.contains("panicked");
         match logs.into_iter().find(bad) {
@@ -170,18 +198,23 @@ impl Rig {
 
     /// Opens the newest point as a block device.
     fn open_view(&self) -> Result<View> {
-        let body = json!({ "group": GROUP, "at": "latest", "export": "ublk", "read_only": false });
+        self.open_view_at("latest")
+    }
+
+    /// Opens a point as a block device.
+    pub(crate) fn open_view_at(&self, point: &str) -> Result<View> {
+        let body = json!({ "group": GROUP, "at": point, "export": "ublk", "read_only": false });
         let view = self.sites.target().post("/v1/view/open", &body)?;
         let device = PathBuf::from(view["volumes"][0]["device"].as_str().context("a device")?);
         Ok(View { id: view["id"].clone(), device })
     }
 
-    fn close_view(&self, view: &View) -> Result<()> {
+    pub(crate) fn close_view(&self, view: &View) -> Result<()> {
         self.sites.target().post("/v1/view/close", &json!({ "id": view.id })).map(drop)
     }
 
     /// All that was written is at the second site: byte for byte.
-    fn check_replica(&self) -> Result<()> {
+    pub(crate) fn check_replica(&self) -> Result<()> {
         self.sites.wait(GROUP, LIMIT_SECONDS)?;
         let view = self.open_view()?;
         run(&format!("cmp {} {}", self.device.display(), view.device.display()))?;
@@ -191,7 +224,7 @@ impl Rig {
     }
 
     /// Ends the protection; nothing of it stays in the kernel.
-    fn finish(mut self) -> Result<()> {
+    pub(crate) fn finish(mut self) -> Result<()> {
         self.sites.agent().post("/v1/unprotect", &json!({ "volume": VOLUME }))?;
         ensure!(!self.device.exists(), "{} is still there", self.device.display());
         ensure!(self.control.list()?.is_empty(), "devices are left: {:?}", self.control.list()?);
@@ -200,18 +233,21 @@ impl Rig {
     }
 
     /// Runs a test; says what the daemons said if it fails.
-    fn test(seed: u64, test: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+    pub(crate) fn test(seed: u64, test: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         Self::test_on(seed, false, test)
     }
 
     /// The same over a disk whose writes take their time.
     fn test_on(seed: u64, slow: bool, test: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
-        let mut rig = Self::start(seed, slow)?;
-        let result = test(&mut rig).and_then(|()| rig.check_logs());
-        match result {
-            Ok(()) => rig.finish(),
+        Self::start(seed, slow)?.run(|rig| test(rig).and_then(|()| rig.check_logs()))
+    }
+
+    /// Runs a test and ends the protection; says what the daemons said if it fails.
+    pub(crate) fn run(mut self, test: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        match test(&mut self) {
+            Ok(()) => self.finish(),
             Err(error) => {
-                let logs: Vec<_> = rig.past.iter().cloned().chain(rig.sites.logs()).collect();
+                let logs: Vec<_> = self.past.iter().cloned().chain(self.sites.logs()).collect();
                 let tail = logs[logs.len().saturating_sub(80)..].join("\n");
                 Err(error.context(format!("logs of the daemons:\n{tail}\n\nwhat failed")))
             }
@@ -219,13 +255,19 @@ impl Rig {
     }
 }
 
-struct View {
+/// An open view.
+pub(crate) struct View {
     id: Value,
-    device: PathBuf,
+    pub(crate) device: PathBuf,
 }
 
-/// Kills the agent `kills` times under a load that checks what it reads; the load must see nothing of it.
-fn kill_under_load(rig: &mut Rig, kills: u32, options: &str) -> Result<()> {
+/// Kills the agent's worker `kills` times under a load that checks what it reads; the load must see nothing of it.
+pub(crate) fn kill_under_load(rig: &mut Rig, kills: u32, options: &str) -> Result<()> {
+    kill_under_load_by(rig, kills, options, Rig::kill_and_restart)
+}
+
+/// The same, killed by `kill`.
+fn kill_under_load_by(rig: &mut Rig, kills: u32, options: &str, kill: impl Fn(&mut Rig) -> Result<()>) -> Result<()> {
     let mut load = Fio::start(&rig.device, options)?;
     let mut busy = 0;
     for _ in 0..kills {
@@ -235,10 +277,11 @@ fn kill_under_load(rig: &mut Rig, kills: u32, options: &str) -> Result<()> {
             load = Fio::start(&rig.device, options)?;
         }
         busy += u32::from(is_busy(&rig.device)?);
-        rig.kill_and_restart()?;
+        kill(rig)?;
     }
     load.finish()?;
     let cut_off = rig.writes_cut_off();
+    println!("{kills} kills: {busy} hit requests under way, {cut_off} writes were cut off");
     ensure!(
         busy > 0 && cut_off > 0,
         "the kills hit requests {busy} times and {cut_off} writes: too few to show anything"
@@ -274,28 +317,28 @@ fn kills_of_the_agent_over_a_slow_disk() -> Result<()> {
     })
 }
 
-/// Goal: the same while nobody takes the stream: the ring holds it through all kills, and ships it afterwards.
+/// Goal: the same while nobody takes the stream, and with supervisor and worker killed together: the ring holds it through all kills,
+/// and the next agent ships it.
 #[test]
 fn kills_of_the_agent_while_the_target_is_down() -> Result<()> {
     Rig::test(5, |rig| {
         rig.sites.kill_target();
         let options = "--rw=randwrite --bs=16k --iodepth=8 --size=16m --rate=2m --verify=crc32c";
-        kill_under_load(rig, 5, options)?;
+        kill_under_load_by(rig, 5, options, Rig::kill_all_and_restart)?;
         rig.sites.start_target()?;
         rig.check_replica()
     })
 }
 
-/// Goal: an agent that stands still delays its guests, and no more.
+/// Goal: a worker that stands still is found out, killed and followed by another; its guests wait, and no more.
 #[test]
-fn an_agent_stands_still_for_ten_seconds() -> Result<()> {
+fn a_worker_that_stands_still_is_replaced() -> Result<()> {
     Rig::test(10, |rig| {
         let load = Fio::start(&rig.device, "--rw=randwrite --bs=16k --iodepth=8 --size=16m --rate=2m --verify=crc32c")?;
-        let pid = Pid::from_raw(i32::try_from(rig.sites.agent_pid().context("it runs")?)?);
+        let stopped = rig.sites.await_worker(None)?;
         std::thread::sleep(Duration::from_secs(1));
-        kill(pid, Signal::SIGSTOP)?;
-        std::thread::sleep(Duration::from_secs(10));
-        kill(pid, Signal::SIGCONT)?;
+        kill(Pid::from_raw(i32::try_from(stopped)?), Signal::SIGSTOP)?;
+        rig.sites.await_worker(Some(stopped))?;
         load.finish()?;
         rig.check_nothing_missing()?;
         rig.check_replica()

@@ -105,6 +105,8 @@ impl Rig {
             connections: 1,
             workers: 1,
             direct: true,
+            worker_gap_max: Duration::from_secs(5),
+            worker_hang_max: Duration::from_secs(2),
             groups: BTreeMap::new(),
         };
         Agent::start(config, identity)
@@ -119,7 +121,8 @@ impl Rig {
 
     pub(super) fn rings(&self) -> Vec<PathBuf> {
         let entries = std::fs::read_dir(self.path("rings")).expect("the agent made it");
-        entries.map(|entry| entry.expect("readable").path()).collect()
+        let paths = entries.map(|entry| entry.expect("readable").path());
+        paths.filter(|path| path.extension().is_some_and(|extension| extension == "ring")).collect()
     }
 }
 

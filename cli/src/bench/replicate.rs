@@ -165,13 +165,15 @@ fn sample_under_load(sites: &Sites, socket: &Path, bench: &Bench<'_>) -> Result<
     let begin = Instant::now();
     let mut samples = Vec::new();
     let mut memory = 0;
-    let pid = sites.agent_pid().context("the agent runs")?;
+    let pids = [sites.supervisor_pid(), sites.agent_pid()].map(|pid| pid.context("the agent runs"));
+    let [supervisor, worker] = pids;
+    let (supervisor, worker) = (supervisor?, worker?);
     while !load.is_finished() {
         crate::sites::pause(Duration::from_millis(17));
         // The first second is fio's start.
         if begin.elapsed() > Duration::from_secs(1) {
             samples.push(status(sites)?["rpo_s"].as_f64().context("no recovery point yet")?);
-            memory = memory.max(private_memory(pid)?);
+            memory = memory.max(private_memory(supervisor)? + private_memory(worker)?);
         }
     }
     load.join().map_err(|_| anyhow::anyhow!("the load's thread panicked"))??;

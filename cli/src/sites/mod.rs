@@ -267,10 +267,45 @@ impl Sites {
         self.target().post("/v1/view/close", &json!({ "id": view["id"] })).map(drop)
     }
 
-    /// `kill -9` of the agent.
+    /// `kill -9` of the agent: of its supervisor, and of its worker.
     pub fn kill_agent(&mut self) {
+        let worker = self.agent_pid();
+        self.kill_supervisor();
+        if let Some(pid) = worker {
+            kill_and_await(pid);
+        }
+    }
+
+    /// `kill -9` of the agent's supervisor; the worker goes on.
+    pub fn kill_supervisor(&mut self) {
         if let Some(mut process) = self.agent.take() {
             process.kill();
+        }
+    }
+
+    /// `kill -9` of the agent's worker. Its supervisor starts the next one.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn kill_worker(&self) -> Result<()> {
+        kill_and_await(self.agent_pid().context("a worker runs")?);
+        Ok(())
+    }
+
+    /// Waits until the agent answers, with a worker that is not `but`.
+    ///
+    /// # Errors
+    /// None does within the time.
+    pub fn await_worker(&self, but: Option<u32>) -> Result<u32> {
+        let begin = Instant::now();
+        loop {
+            let shown = self.supervisor().get("/v1/supervisor").unwrap_or_default();
+            let pid = shown["worker_pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
+            if let Some(pid) = pid.filter(|_| shown["worker"] == "serving" && pid != but) {
+                return Ok(pid);
+            }
+            ensure!(begin.elapsed() < START_LIMIT, "no worker serves: {shown}");
+            pause(Duration::from_millis(10));
         }
     }
 
@@ -297,10 +332,24 @@ impl Sites {
         self.target.take().map_or(Ok(()), Process::stop)
     }
 
-    /// Process id of the agent.
+    /// Process id of the agent's worker.
     #[must_use]
     pub fn agent_pid(&self) -> Option<u32> {
+        self.agent.as_ref()?;
+        let shown = self.supervisor().get("/v1/supervisor").ok()?;
+        u32::try_from(shown["worker_pid"].as_u64()?).ok()
+    }
+
+    /// Process id of the agent's supervisor.
+    #[must_use]
+    pub fn supervisor_pid(&self) -> Option<u32> {
         self.agent.as_ref().map(|process| process.child.id())
+    }
+
+    /// The supervisor's API.
+    #[must_use]
+    pub fn supervisor(&self) -> Daemon {
+        Daemon::agent(farshore_agent::supervisor::supervisor_socket(&self.agent_socket()))
     }
 
     /// Process id of the target.
@@ -358,6 +407,22 @@ impl Process {
         let tail = self.tail();
         self.kill();
         bail!("{} did not stop within {STOP_LIMIT:?}:\n{tail}", self.name)
+    }
+}
+
+/// Returns when the process is gone, whoever's child it is.
+fn kill_and_await(pid: u32) {
+    let Ok(pid) = i32::try_from(pid).map(nix::unistd::Pid::from_raw) else { return };
+    // Fails for a process that has ended already.
+    let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+    let begin = Instant::now();
+    // Until it has been waited for, its entry says that it is dead.
+    let lives = || {
+        std::fs::read_to_string(format!("/proc/{pid}/stat"))
+            .is_ok_and(|stat| !stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" Z")))
+    };
+    while lives() && begin.elapsed() < STOP_LIMIT {
+        pause(Duration::from_millis(1));
     }
 }
 

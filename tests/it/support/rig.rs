@@ -68,7 +68,7 @@ impl Rig {
 
     /// Says which daemon died, if one did: that explains most other errors.
     fn with_deaths(&self, mut error: anyhow::Error) -> anyhow::Error {
-        for (name, pid) in [("agent", self.sites.agent_pid()), ("target", self.sites.target_pid())] {
+        for (name, pid) in [("agent", self.sites.supervisor_pid()), ("target", self.sites.target_pid())] {
             let status = pid.and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/status")).ok());
             if status.is_some_and(|status| status.contains("State:\tZ")) {
                 error = error.context(format!("the {name} died"));
