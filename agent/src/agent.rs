@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use crate::alarms::{Alarm, Alarms, code};
 use crate::api::ProtectRequest;
 use crate::config::AgentConfig;
-use crate::devices::Devices;
+use crate::devices::{Access, Host, Protected, own_files};
 use crate::frontend::Frontend;
 use crate::gate::{self, Gate};
 use crate::group::{Context, Group};
@@ -163,9 +163,8 @@ impl Agent {
             None => default_name(&request.source)?,
         };
         let config = &self.context.config;
-        let own: [&Path; 3] = [&config.state, &config.ring_dir, &config.identity];
-        Devices::system().refuse_holding(&request.source, &own)?;
         self.refuse_known(&request.source, |volume| volume.source == request.source)?;
+        Host::look(self.protected()).check(&request.source, Access::Exclusive, &own_files(config))?;
         let frontend = request.frontend.clone().unwrap_or_else(|| default_frontend(&config.state, &group_name, &name));
         // Before a group is made for it.
         Frontend::parse(&frontend)?.check_host()?;
@@ -179,6 +178,20 @@ impl Agent {
         };
         self.report(true);
         Ok(volume_document(&group, &volume))
+    }
+
+    /// The agent's volumes, as far as devices are concerned.
+    fn protected(&self) -> Vec<Protected> {
+        let of = |group: &Arc<Group>| {
+            let name = group.shared.name.clone();
+            let protected = move |volume: VolumeState| Protected {
+                label: format!("{name}/{}", volume.name),
+                source: volume.source,
+                ublk: volume.ublk.filter(|disk| disk.sequence.is_some()).map(|disk| disk.id),
+            };
+            group.volumes().into_iter().map(protected)
+        };
+        self.groups().iter().flat_map(of).collect()
     }
 
     /// Refuses a source that is protected already, whether or not it is there.

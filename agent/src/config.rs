@@ -43,6 +43,9 @@ pub struct AgentFile {
     /// Policies by group name.
     #[serde(default)]
     pub group: BTreeMap<String, GroupFile>,
+    /// Where this was read; none: there is no file.
+    #[serde(skip)]
+    pub path: Option<PathBuf>,
 }
 
 /// A group's table in the file.
@@ -95,7 +98,9 @@ impl AgentFile {
     /// When it cannot be read, or with the line and the key that is wrong.
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|source| Error::io("read configuration", path, source))?;
-        toml::from_str(&text).map_err(|error| Error::Config { path: path.to_owned(), reason: error.to_string() })
+        let read: Self = toml::from_str(&text)
+            .map_err(|error| Error::Config { path: path.to_owned(), reason: error.to_string() })?;
+        Ok(Self { path: Some(path.to_owned()), ..read })
     }
 }
 
@@ -130,6 +135,8 @@ pub struct AgentConfig {
     pub worker_hang_max: Duration,
     /// Policies by group name; a group without an entry has [`GroupPolicy::default`].
     pub groups: BTreeMap<Name, GroupPolicy>,
+    /// The configuration file, if there is one.
+    pub file: Option<PathBuf>,
 }
 
 /// Source policies of a group.
@@ -224,6 +231,7 @@ impl AgentConfig {
             worker_gap_max,
             worker_hang_max,
             groups,
+            file: file.path,
         })
     }
 

@@ -10,7 +10,6 @@
 //! 3. Only an unused device is ever taken away. What is mounted or open waits for the next agent, at an orderly stop, too.
 
 use std::net::SocketAddr;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,6 +18,7 @@ use farshore_nbd::Listen;
 use farshore_ublk::{Control, DeviceState, ErrorKind, Stop};
 use farshore_uring::BlockDevice;
 
+use crate::devices::opener;
 use crate::state::UblkDisk;
 use crate::{Error, Result, attach};
 
@@ -253,41 +253,8 @@ fn sequence(id: u32) -> Option<u64> {
     text.trim().parse().ok()
 }
 
-/// A process that has the disk or a partition of it open. What /proc hides (another user's, without root) is not seen.
-pub(crate) fn opener(disk: &Path) -> Option<u32> {
-    let name = disk.file_name()?.to_str()?;
-    let number = std::fs::metadata(disk).ok()?.rdev();
-    let processes = std::fs::read_dir("/proc").ok()?;
-    let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    pids.into_iter().find(|pid| {
-        let Ok(files) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
-        files.flatten().any(|file| is_link_to(&file.path(), name, number))
-    })
-}
-
-/// Whether an entry of a process's folder of open files is the disk `name`, of this device number, or one of its partitions.
-fn is_link_to(link: &Path, name: &str, number: u64) -> bool {
-    let Ok(to) = std::fs::read_link(link) else { return false };
-    // Asking about an open file of another file system might wait for a server that is gone.
-    if !to.as_os_str().to_string_lossy().contains("/dev/") {
-        return false;
-    }
-    if to.file_name().and_then(|file| file.to_str()).is_some_and(|file| is_partition(file, name)) {
-        return true;
-    }
-    std::fs::metadata(link).is_ok_and(|status| status.file_type().is_block_device() && status.rdev() == number)
-}
-
-/// `ublkb1p2` is one of `ublkb1`.
-fn is_partition(file: &str, disk: &str) -> bool {
-    let number = file.strip_prefix(disk).and_then(|rest| rest.strip_prefix('p'));
-    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
-}
-
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
-
     use super::*;
 
     #[test]
@@ -299,32 +266,6 @@ mod tests {
             let error = Frontend::parse(bad).expect_err(bad);
             assert!(error.exit_code() == 2 && error.to_string().contains(bad), "{error}");
         }
-    }
-
-    #[test]
-    fn partitions_of_a_disk_are_told_from_other_disks() {
-        assert!(is_partition("ublkb1p2", "ublkb1"));
-        for other in ["ublkb1", "ublkb12", "ublkb1p", "ublkb1px", "ublkb2p1", "sda1"] {
-            assert!(!is_partition(other, "ublkb1"), "{other}");
-        }
-    }
-
-    /// Goal: an open file is known by name, by number, and nothing else is. Method: links as /proc has them, to a device that every
-    /// machine has.
-    #[test]
-    fn an_open_disk_is_known() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let link = |name: &str, to: &str| {
-            let link = folder.path().join(name);
-            symlink(to, &link).expect("room");
-            link
-        };
-        assert!(is_link_to(&link("3", "/dev/ublkb1p1"), "ublkb1", 0));
-        // No block device, whatever its number.
-        let number = std::fs::metadata("/dev/null").expect("everywhere").rdev();
-        assert!(!is_link_to(&link("4", "/dev/null"), "ublkb1", number));
-        assert!(!is_link_to(&link("5", "/tmp/ublkb1"), "ublkb1", 0));
-        assert!(!is_link_to(&folder.path().join("6"), "ublkb1", 0));
     }
 
     #[test]

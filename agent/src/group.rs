@@ -23,6 +23,7 @@ use crate::attach::{Attached, Predecessor, RingOwner};
 use crate::config::{AgentConfig, CompressionPolicy, GroupPolicy};
 use crate::frontend::{self, Frontend, NotStopped, Server};
 use crate::hooks::Hooks;
+use crate::limits::ring_unlocked;
 use crate::shared::{Shared, sync_alarms};
 use crate::source::{SourceFile, is_let_go, open_volume};
 use crate::state::{GroupState, StateDir, UblkDisk, VolumeState};
@@ -92,11 +93,7 @@ impl Group {
         }
         let in_stream = joined_in_stream(&attached, &state)?;
         if !attached.ring.locked() {
-            alarms.raise(
-                code::UNLOCKED,
-                name.as_str(),
-                "the ring is not locked in memory (raise the memory-lock limit)",
-            );
+            alarms.raise(code::UNLOCKED, name.as_str(), ring_unlocked(attached.ring.size_bytes()));
         }
         let policy = config.policy(&name);
         let resumed = attached.resumed;

@@ -17,6 +17,7 @@ mod frontend;
 mod gate;
 mod group;
 mod hooks;
+mod limits;
 mod points;
 mod shared;
 mod source;

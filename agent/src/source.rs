@@ -45,25 +45,30 @@ impl BackingFile for Absent {
 pub(crate) struct SourceFile(pub Backing);
 
 pub(crate) fn open_source(source: &Path, config: &AgentConfig) -> Result<Backing> {
-    open_file(source, config)
-        .map_err(|error| {
-            let what = format!("source {}", source.display());
-            if error.kind() == std::io::ErrorKind::NotFound {
-                Error::NotFound { what: "source", name: source.display().to_string(), hint: "" }
-            } else if is_in_use(&error) {
-                Error::Refused {
-                    what,
-                    reason: format!("is in use: {}", crate::error::chain(&error)),
-                    hint: "unmount it, or end whatever uses it; a volume is written through Farshore only".into(),
-                }
-            } else {
-                Error::Failed { what, reason: crate::error::chain(&error) }
-            }
-        })
-        .and_then(|backing| match backing.geometry.size {
+    open_file(source, config).map_err(|error| open_error(source, &error)).and_then(|backing| {
+        match backing.geometry.size {
             0 => Err(Error::failed(format!("source {}", source.display()), "is empty")),
             _ => Ok(backing),
-        })
+        }
+    })
+}
+
+fn open_error(source: &Path, error: &std::io::Error) -> Error {
+    use std::io::ErrorKind;
+    let (what, reason) = (format!("source {}", source.display()), crate::error::chain(error));
+    let kind = error.kind();
+    if kind == ErrorKind::NotFound {
+        Error::NotFound { what: "source", name: source.display().to_string(), hint: "" }
+    } else if is_in_use(error) {
+        crate::devices::busy(source, &reason)
+    } else if kind == ErrorKind::ReadOnlyFilesystem {
+        let hint = "make it writable: nothing can change it as it is, so there is nothing to protect";
+        Error::Refused { what, reason: format!("is read-only: {reason}"), hint: hint.into() }
+    } else if kind == ErrorKind::PermissionDenied {
+        Error::Failed { what, reason: format!("{reason}; run the agent as root, or give its user the device") }
+    } else {
+        Error::Failed { what, reason }
+    }
 }
 
 fn open_file(source: &Path, config: &AgentConfig) -> std::io::Result<Backing> {

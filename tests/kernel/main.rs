@@ -6,6 +6,7 @@
 mod agent;
 mod child;
 mod dm;
+mod host;
 mod rig;
 mod supervisor;
 mod ublk;

@@ -78,7 +78,7 @@ impl Bypass {
     /// Removes devices that nobody uses, and lets go of the others, which wait for the next supervisor.
     pub(crate) fn stop(&mut self) {
         for (id, server) in std::mem::take(&mut self.served) {
-            let in_use = crate::frontend::opener(&server.block_path()).is_some();
+            let in_use = crate::devices::opener(&server.block_path()).is_some();
             match if in_use { None } else { Some(server.stop(Stop::IfUnused)) } {
                 Some(Ok(())) => {}
                 Some(Err(error)) => {

@@ -108,6 +108,7 @@ impl Rig {
             worker_gap_max: Duration::from_secs(5),
             worker_hang_max: Duration::from_secs(2),
             groups: BTreeMap::new(),
+            file: None,
         };
         Agent::start(config, identity)
     }

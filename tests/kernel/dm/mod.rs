@@ -30,7 +30,7 @@ const LVM: &str = "activation { udev_sync=0 udev_rules=0 } devices { use_devices
 const WORK: &str = "FARSHORE_KERNEL_DM";
 
 /// To be called first by every test: modules, and nothing left of the test before.
-fn kit() -> Result<Interposer> {
+pub(crate) fn kit() -> Result<Interposer> {
     machine()?;
     run("modprobe -a dm_mod dm_crypt dm_snapshot loop")?;
     // Of a test that failed; nothing to do after one that passed.
@@ -41,12 +41,12 @@ fn kit() -> Result<Interposer> {
     Ok(Interposer::open()?)
 }
 
-fn lvm(command: &str) -> Result<String> {
+pub(crate) fn lvm(command: &str) -> Result<String> {
     run(&format!("lvm {command} --config '{LVM}'"))
 }
 
 /// A volume group over the first disk with logical volumes `data0`, `data1`… of these sizes.
-fn logical_volumes(sizes: &[&str]) -> Result<Vec<PathBuf>> {
+pub(crate) fn logical_volumes(sizes: &[&str]) -> Result<Vec<PathBuf>> {
     lvm(&format!("vgcreate -y vg {DISK_512}"))?;
     let mut paths = Vec::new();
     for (at, size) in sizes.iter().enumerate() {
@@ -57,7 +57,7 @@ fn logical_volumes(sizes: &[&str]) -> Result<Vec<PathBuf>> {
 }
 
 /// A device by a table in the words of dmsetup, and its link, which would be udev's work.
-fn mapped(name: &str, table: &str) -> Result<PathBuf> {
+pub(crate) fn mapped(name: &str, table: &str) -> Result<PathBuf> {
     mapped_with(name, table, "")
 }
 
@@ -69,21 +69,21 @@ fn mapped_with(name: &str, table: &str, options: &str) -> Result<PathBuf> {
     Ok(PathBuf::from(format!("/dev/mapper/{name}")))
 }
 
-fn unmapped(names: &[&str]) -> Result<()> {
+pub(crate) fn unmapped(names: &[&str]) -> Result<()> {
     let remove = |name| run(&format!("dmsetup remove --retry {name} && rm -f /dev/mapper/{name}")).map(drop);
     names.iter().try_for_each(remove)
 }
 
-fn table(device: &Path) -> Result<String> {
+pub(crate) fn table(device: &Path) -> Result<String> {
     run(&format!("dmsetup table --showkeys {}", device.display()))
 }
 
-fn pass_through() -> PassThrough {
+pub(crate) fn pass_through() -> PassThrough {
     PassThrough::new(ServerConfig { queues: 2, depth: 64, ..ServerConfig::default() })
 }
 
 /// Fails if any device of ours is left.
-fn no_strays() -> Result<()> {
+pub(crate) fn no_strays() -> Result<()> {
     let mapped = run("dmsetup ls")?;
     ensure!(!mapped.contains("farshore-"), "lowers are left:\n{mapped}");
     let served = Control::open()?.list()?;
@@ -204,7 +204,7 @@ fn work() -> Result<()> {
 }
 
 /// Runs [`work`] until it kills itself.
-fn dies(work: &str, upper: &Path, at: Step) -> Result<()> {
+pub(crate) fn dies(work: &str, upper: &Path, at: Step) -> Result<()> {
     let output = Command::new(std::env::current_exe().context("find this program")?)
         .args(["--exact", "dm::work", "--ignored", "--nocapture"])
         .env(WORK, format!("{work} {} {at:?}", upper.display()))

@@ -1,0 +1,77 @@
+//! Which process has a device open. What /proc hides (another user's, without root) is not seen.
+
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+
+/// A process that has the disk or a partition of it open.
+pub(crate) fn opener(disk: &Path) -> Option<u32> {
+    let name = disk.file_name()?.to_str()?;
+    let number = std::fs::metadata(disk).ok()?.rdev();
+    let processes = std::fs::read_dir("/proc").ok()?;
+    let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.into_iter().find(|pid| {
+        let Ok(files) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+        files.flatten().any(|file| is_link_to(&file.path(), name, number))
+    })
+}
+
+/// [`opener`], for people: `process 812 (qemu-system-x86)`.
+pub(crate) fn named_opener(disk: &Path) -> Option<String> {
+    let pid = opener(disk)?;
+    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    Some(format!("process {pid} ({})", name.trim()))
+}
+
+/// Whether an entry of a process's folder of open files is the disk `name`, of this device number, or one of its partitions.
+fn is_link_to(link: &Path, name: &str, number: u64) -> bool {
+    let Ok(to) = std::fs::read_link(link) else { return false };
+    // Asking about an open file of another file system might wait for a server that is gone.
+    if !to.as_os_str().to_string_lossy().contains("/dev/") {
+        return false;
+    }
+    if to.file_name().and_then(|file| file.to_str()).is_some_and(|file| is_partition(file, name)) {
+        return true;
+    }
+    std::fs::metadata(link).is_ok_and(|status| status.file_type().is_block_device() && status.rdev() == number)
+}
+
+/// `ublkb1p2` is one of `ublkb1`, and `sda1` of `sda`.
+fn is_partition(file: &str, disk: &str) -> bool {
+    let rest = file.strip_prefix(disk);
+    let number =
+        if disk.ends_with(|c: char| c.is_ascii_digit()) { rest.and_then(|rest| rest.strip_prefix('p')) } else { rest };
+    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn partitions_of_a_disk_are_told_from_other_disks() {
+        assert!(is_partition("ublkb1p2", "ublkb1") && is_partition("sda1", "sda"));
+        for other in ["ublkb1", "ublkb12", "ublkb1p", "ublkb1px", "ublkb2p1", "sda1"] {
+            assert!(!is_partition(other, "ublkb1"), "{other}");
+        }
+    }
+
+    /// Goal: an open file is known by name, by number, and nothing else is. Method: links as /proc has them, to a device that every
+    /// machine has.
+    #[test]
+    fn an_open_disk_is_known() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let link = |name: &str, to: &str| {
+            let link = folder.path().join(name);
+            symlink(to, &link).expect("room");
+            link
+        };
+        assert!(is_link_to(&link("3", "/dev/ublkb1p1"), "ublkb1", 0));
+        // No block device, whatever its number.
+        let number = std::fs::metadata("/dev/null").expect("everywhere").rdev();
+        assert!(!is_link_to(&link("4", "/dev/null"), "ublkb1", number));
+        assert!(!is_link_to(&link("5", "/tmp/ublkb1"), "ublkb1", 0));
+        assert!(!is_link_to(&folder.path().join("6"), "ublkb1", 0));
+    }
+}
