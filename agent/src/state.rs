@@ -138,6 +138,23 @@ impl Default for GroupState {
     }
 }
 
+/// What a look into a state directory found of each group.
+pub type Groups = Vec<(Name, Result<GroupState>)>;
+
+/// Reads the groups of a state directory without taking it: for tools beside a running agent, whatever vault and host it is of.
+/// Groups that are only remembered (nothing is protected) are among them.
+///
+/// # Errors
+/// When the folder cannot be read, or is no state directory: an empty one may be a mount point without its file system. What is
+/// wrong with a group's file stands in its place.
+pub fn look(folder: &Path) -> Result<Groups> {
+    let opened = farshore_uring::DirStorage::open(folder).map_err(|error| Error::io("open", folder, error))?;
+    std::fs::metadata(folder.join(IDENTITY)).map_err(|error| Error::io("find", &folder.join(IDENTITY), error))?;
+    let state = StateDir { storage: opened, shown: folder.to_owned() };
+    let read = |name: Name| state.read_group(&name).transpose().map(|group| (name, group));
+    Ok(state.groups()?.into_iter().filter_map(read).collect())
+}
+
 /// The state directory of one agent.
 #[derive(Clone)]
 pub struct StateDir<S> {
@@ -336,8 +353,13 @@ mod tests {
         store.write_group(&group, &state).expect("written");
         assert_eq!(store.read_group(&group).expect("read"), Some(state));
 
+        let seen = look(folder.path()).expect("ours");
+        assert!(matches!(&seen[..], [(name, Ok(found))] if *name == group && found.volumes.len() == 1), "{seen:?}");
         write(folder.path(), &body.replace("format = 1", "format = 3"));
         let error = store.read_group(&group).expect_err("newer").to_string();
         assert!(error.contains("format 3"), "{error}");
+        let seen = look(folder.path()).expect("ours");
+        assert!(matches!(&seen[..], [(_, Err(Error::State { .. }))]), "damage stands in the group's place: {seen:?}");
+        look(&folder.path().join(GROUPS)).expect_err("no state directory");
     }
 }

@@ -120,6 +120,12 @@ pub(crate) enum Command {
         #[arg(long)]
         socket: Option<PathBuf>,
     },
+    /// Look at this host: what the kernel can do, what is installed, what a crash has left behind; and how to mend it.
+    #[command(
+        after_help = "Exit code: 0 no problem, 1 a problem, 4 something was left alone that an agent serves or may come back to.\n\n\
+                      Example:\n  farshore doctor\n  farshore doctor --repair"
+    )]
+    Doctor(DoctorArgs),
 
     /// List the groups that the target keeps (target).
     #[command(after_help = "Example:\n  farshore groups --json")]
@@ -209,6 +215,26 @@ pub(crate) struct DemoArgs {
     /// Keep the folder.
     #[arg(long)]
     pub keep: bool,
+}
+
+/// Arguments of `doctor`.
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// Mend what is safe: load modules, take apart what a crashed attach left, remove ublk devices without disk and server.
+    #[arg(long)]
+    pub repair: bool,
+    /// Give up on an agent that will not come back: devices that wait for it get their original tables, and the next agent
+    /// compares everything. Not while an agent answers.
+    #[arg(long, requires = "repair")]
+    pub abandon: bool,
+    /// Configuration file of the agent.
+    #[arg(long, default_value = "/etc/farshore/agent.toml")]
+    pub config: PathBuf,
+    /// State directory of the agent; default: as the configuration says, else /var/lib/farshore/agent.
+    #[arg(long)]
+    pub state: Option<PathBuf>,
+    #[command(flatten)]
+    pub socket: AgentSocket,
 }
 
 /// `vault …`

@@ -43,6 +43,14 @@ impl Daemon {
         self.request(Method::GET, path, Bytes::new(), None)
     }
 
+    /// As [`Self::get`], but gives up after `limit`.
+    ///
+    /// # Errors
+    /// As [`Self::get`], and when the time is over.
+    pub fn get_within(&self, path: &str, limit: Duration) -> Result<Value> {
+        self.request(Method::GET, path, Bytes::new(), Some(limit))
+    }
+
     /// Orders something; waits for the end.
     ///
     /// # Errors

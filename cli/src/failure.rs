@@ -92,3 +92,15 @@ impl fmt::Display for Failure {
 }
 
 impl std::error::Error for Failure {}
+
+/// All was said already; what is left is the exit code.
+#[derive(Debug, Clone, Copy)]
+pub struct Said(pub u8);
+
+impl fmt::Display for Said {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "exit code {}", self.0)
+    }
+}
+
+impl std::error::Error for Said {}

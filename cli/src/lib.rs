@@ -9,6 +9,7 @@ mod bench;
 pub mod client;
 mod daemon;
 mod demo;
+mod doctor;
 pub mod failure;
 mod journal;
 mod notify;
@@ -24,7 +25,7 @@ use std::process::ExitCode;
 
 use args::{AgentCommand, Cli, Command, TargetCommand};
 use clap::Parser;
-use failure::Failure;
+use failure::{Failure, Said};
 use output::Output;
 
 /// Runs the command line of this process.
@@ -50,6 +51,7 @@ fn run(command: Command, output: &Output) -> anyhow::Result<()> {
         Command::Target(TargetCommand::ResumeRetention { socket }) => views::resume_retention(&socket, output),
         Command::Journal(command) => journal::run(command, output),
         Command::Bench(args) => bench::run(&args, output),
+        Command::Doctor(args) => doctor::run(&args, output),
         command @ (Command::Protect { .. }
         | Command::Unprotect { .. }
         | Command::Volumes { .. }
@@ -73,6 +75,9 @@ fn run(command: Command, output: &Output) -> anyhow::Result<()> {
 fn report(error: &anyhow::Error, output: &Output) -> ExitCode {
     if let Some(daemon::Ended(code)) = error.downcast_ref() {
         return *code;
+    }
+    if let Some(Said(code)) = error.downcast_ref() {
+        return ExitCode::from(*code);
     }
     let of_agent = error.downcast_ref::<farshore_agent::Error>().map(Failure::from_agent);
     let failure = of_agent.as_ref().or_else(|| error.downcast_ref::<Failure>());

@@ -359,6 +359,7 @@ fn every_command_has_help_with_an_example() {
         "wait",
         "resync",
         "alarms",
+        "doctor",
         "groups",
         "group add",
         "group remove",

@@ -17,6 +17,7 @@ mod waker;
 
 pub use backing::{Backing, BackingId, BackingOptions, Direct, open_backing};
 pub use buffer::{AlignedBuf, BufPool, IoBuf};
+pub use clock::is_clock_synchronised;
 pub use device::{BlockDevice, BlockQueue, Done, Errno, Extent, Geometry, Purpose, Request};
 pub use dir_storage::{DirFile, DirStorage};
 pub use file_device::{FileDevice, FileQueue};

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
+use farshore_cli::sites::run::run as finish;
 use nix::libc;
 
 use super::{GROUP, MIB, Mounted, Rig, Undo, binary, machine, partitions};
@@ -287,6 +288,9 @@ fn missing_drivers_and_rights_are_named() -> Result<()> {
     let unlocked = alarms.as_array().and_then(|list| list.iter().find(|alarm| alarm["code"] == "ring.unlocked"));
     let text = unlocked.and_then(|alarm| alarm["text"].as_str()).context("no alarm of the memory-lock limit")?;
     ensure!(text.contains("64.0 KiB") && text.contains("LimitMEMLOCK"), "{text}");
+    let doctor = finish(Command::new(nobody).args(["--json", "doctor", "--state"]).arg(dir.join("agent")))?;
+    ensure!(doctor.code == Some(1) || doctor.code == Some(0), "{doctor}");
+    ensure!(doctor.out.contains("memory.lock") && doctor.out.contains("64.0 KiB"), "{doctor}");
     rig.cli(&["unprotect", &format!("{GROUP}/image")])?.ok()?;
     rig.stop()
 }
