@@ -126,6 +126,14 @@ pub(crate) enum Command {
                       Example:\n  farshore doctor\n  farshore doctor --repair"
     )]
     Doctor(DoctorArgs),
+    /// Install units for systemd, its generator and udev rules.
+    #[command(
+        after_help = "Example:\n  farshore install-units\n  farshore install-units --root /mnt/image --binary /usr/bin/farshore"
+    )]
+    InstallUnits(InstallUnits),
+    /// Run by systemd at boot: makes what is mounted over a protected volume wait for the agent.
+    #[command(hide = true, after_help = "Example:\n  farshore system-generator /run/systemd/generator /tmp /tmp")]
+    SystemGenerator(SystemGenerator),
 
     /// List the groups that the target keeps (target).
     #[command(after_help = "Example:\n  farshore groups --json")]
@@ -235,6 +243,31 @@ pub(crate) struct DoctorArgs {
     pub state: Option<PathBuf>,
     #[command(flatten)]
     pub socket: AgentSocket,
+}
+
+/// Arguments of `install-units`.
+#[derive(Debug, Args)]
+pub(crate) struct InstallUnits {
+    /// Root of the system to install into.
+    #[arg(long, default_value = "/")]
+    pub root: PathBuf,
+    /// Path of the program on that system; default: this one.
+    #[arg(long)]
+    pub binary: Option<PathBuf>,
+}
+
+/// Arguments of a generator, see systemd.generator(7).
+#[derive(Debug, Args)]
+pub(crate) struct SystemGenerator {
+    /// Folder for units of normal priority.
+    pub normal: PathBuf,
+    /// Folder for units that override the administrator's.
+    pub early: PathBuf,
+    /// Folder for units that everything else overrides.
+    pub late: PathBuf,
+    /// Root of the system that is looked at.
+    #[arg(long, default_value = "/")]
+    pub root: PathBuf,
 }
 
 /// `vault …`

@@ -6,6 +6,7 @@
 mod agent_run;
 mod args;
 mod bench;
+mod boot;
 pub mod client;
 mod daemon;
 mod demo;
@@ -52,6 +53,8 @@ fn run(command: Command, output: &Output) -> anyhow::Result<()> {
         Command::Journal(command) => journal::run(command, output),
         Command::Bench(args) => bench::run(&args, output),
         Command::Doctor(args) => doctor::run(&args, output),
+        Command::InstallUnits(args) => boot::install(&args, output),
+        Command::SystemGenerator(args) => boot::generate(&args),
         command @ (Command::Protect { .. }
         | Command::Unprotect { .. }
         | Command::Volumes { .. }

@@ -360,6 +360,8 @@ fn every_command_has_help_with_an_example() {
         "resync",
         "alarms",
         "doctor",
+        "install-units",
+        "system-generator",
         "groups",
         "group add",
         "group remove",

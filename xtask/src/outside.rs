@@ -45,6 +45,9 @@ program!(XZ, "xz", "xz-utils");
 program!(BLKDISCARD, "blkdiscard", "util-linux");
 program!(DMSETUP, "dmsetup", "dmsetup");
 program!(LVM, "lvm", "lvm2");
+program!(UDEVADM, "udevadm", "udev");
+program!(SYSTEMD_ANALYZE, "systemd-analyze", "systemd");
+program!(MKFS_BTRFS, "mkfs.btrfs", "btrfs-progs");
 program!(DRBDADM, "drbdadm", "drbd-utils");
 
 impl Program {

@@ -22,8 +22,10 @@ use crate::output::Output;
 use finding::{Finding, Level};
 use leftovers::{Found, Known, Repaired};
 
+pub(crate) use service::UNIT;
+
 /// Where an agent keeps its state if nobody says otherwise.
-const STATE: &str = "/var/lib/farshore/agent";
+pub(crate) const STATE: &str = "/var/lib/farshore/agent";
 
 /// Longest wait for the agent's answer: it looks at nothing but its memory.
 const ANSWER_MAX: Duration = Duration::from_secs(10);

@@ -12,7 +12,7 @@ use super::finding::Finding;
 use super::leftovers::Known;
 use super::{Agent, Host};
 
-const UNIT: &str = "farshore-agent.service";
+pub(crate) const UNIT: &str = "farshore-agent.service";
 
 /// Where systemd looks for units, the first wins.
 const UNIT_FOLDERS: [&str; 5] = [

@@ -1,5 +1,6 @@
 //! What the host must be like: refused sources, the doctor, udev.
 
+mod boot;
 mod doctor;
 mod refusals;
 
