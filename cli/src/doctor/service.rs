@@ -23,6 +23,17 @@ const UNIT_FOLDERS: [&str; 5] = [
     "lib/systemd/system",
 ];
 
+const GENERATOR: &str = "farshore-generator";
+
+/// Where systemd looks for generators.
+const GENERATOR_FOLDERS: [&str; 5] = [
+    "etc/systemd/system-generators",
+    "run/systemd/system-generators",
+    "usr/local/lib/systemd/system-generators",
+    "usr/lib/systemd/system-generators",
+    "lib/systemd/system-generators",
+];
+
 /// A certificate that expires within this time is a warning, as the agent's alarm is.
 const EXPIRY_WARNING: Duration = Duration::from_secs(30 * 24 * 3600);
 
@@ -30,6 +41,7 @@ pub(super) fn check(host: &Host, agent: &Agent, known: &Known, identity: Option<
     let mut findings = vec![running(agent)];
     findings.extend(alarms(agent));
     findings.push(unit(host));
+    findings.extend(generator(host));
     findings.push(state(known));
     findings.extend(identity.map(|path| self::identity(path, now())));
     findings
@@ -92,6 +104,22 @@ fn unit(host: &Host) -> Finding {
                 .mend(format!("systemctl enable {UNIT}"))
         }
     }
+}
+
+/// Without the generator a unit is of little use.
+fn generator(host: &Host) -> Option<Finding> {
+    let check = "service.generator";
+    if !host.path("run/systemd/system").exists() {
+        return None;
+    }
+    let file = GENERATOR_FOLDERS.iter().map(|folder| host.path(folder).join(GENERATOR)).find(|file| file.exists());
+    Some(match file {
+        Some(file) => Finding::ok(check, file.display().to_string()),
+        None => {
+            let means = "protected file systems are mounted before the agent runs, and compared after every boot";
+            Finding::warning(check, "not installed", means).mend("farshore install-units")
+        }
+    })
 }
 
 /// Some target wants or requires the unit.
@@ -190,6 +218,11 @@ mod tests {
         assert!(unit(&host).found.contains("not enabled"));
         std::os::unix::fs::symlink(units.join(UNIT), units.join("sysinit.target.wants").join(UNIT)).expect("room");
         assert_eq!(unit(&host).level, Level::Ok);
+        assert_eq!(generator(&host).expect("systemd runs").level, Level::Warning);
+        let generators = folder.path().join("usr/lib/systemd/system-generators");
+        std::fs::create_dir_all(&generators).expect("room");
+        std::fs::write(generators.join(GENERATOR), "").expect("room");
+        assert_eq!(generator(&host).expect("systemd runs").level, Level::Ok);
     }
 
     #[test]
