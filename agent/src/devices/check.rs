@@ -46,7 +46,7 @@ pub(crate) fn own_files(config: &AgentConfig) -> Vec<Own> {
     add("identity", Some(&config.identity));
     add("configuration", config.file.as_deref());
     add("admin socket's folder", config.socket.parent());
-    add("program", std::fs::read_link("/proc/self/exe").ok().as_deref());
+    add("program", program().as_deref());
     for log in ["/proc/self/fd/1", "/proc/self/fd/2"] {
         let file = std::fs::read_link(log).ok().filter(|path| path.is_file());
         add("log", file.as_deref());
@@ -60,6 +60,13 @@ pub(crate) fn own_files(config: &AgentConfig) -> Vec<Own> {
         }
     }
     own
+}
+
+/// The file from which the agent is started: of a worker, which runs from memory, its supervisor's.
+fn program() -> Option<PathBuf> {
+    let parent = format!("/proc/{}/exe", nix::unistd::getppid());
+    let links = ["/proc/self/exe", parent.as_str()].map(|link| std::fs::read_link(link).ok());
+    links.into_iter().flatten().find(|path| path.is_file())
 }
 
 /// File system and path of a mapped file, of a line such as `7f00-7f01 r-xp 00000000 08:01 42    /lib/x.so`.

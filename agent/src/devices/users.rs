@@ -18,8 +18,15 @@ pub(crate) fn opener(disk: &Path) -> Option<u32> {
 /// [`opener`], for people: `process 812 (qemu-system-x86)`.
 pub(crate) fn named_opener(disk: &Path) -> Option<String> {
     let pid = opener(disk)?;
-    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    Some(format!("process {pid} ({})", name.trim()))
+    let program = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+    Some(format!("process {pid} ({})", program_name(&program)))
+}
+
+/// The name of a program by the kernel's link to it, which says so if it was deleted or never had a file.
+fn program_name(link: &Path) -> String {
+    let name = link.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let name = name.trim_end_matches(" (deleted)").trim_start_matches("memfd:");
+    if name.is_empty() { "?".to_owned() } else { name.to_owned() }
 }
 
 /// Whether an entry of a process's folder of open files is the disk `name`, of this device number, or one of its partitions.
@@ -48,6 +55,15 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
+
+    #[test]
+    fn programs_have_a_name_wherever_they_run_from() {
+        for (link, name) in
+            [("/usr/bin/fio", "fio"), ("/memfd:farshore (deleted)", "farshore"), ("/opt/x (deleted)", "x"), ("", "?")]
+        {
+            assert_eq!(program_name(Path::new(link)), name);
+        }
+    }
 
     #[test]
     fn partitions_of_a_disk_are_told_from_other_disks() {
