@@ -571,10 +571,18 @@ pub(crate) enum PolicyCommand {
 #[derive(Debug, Subcommand)]
 pub(crate) enum JournalCommand {
     /// Print what a journal holds.
-    #[command(after_help = "Example:\n  farshore journal dump /srv/farshore/vault/groups/db/db1/journal")]
+    #[command(
+        after_help = "Example:\n  farshore journal dump /srv/farshore/vault/groups/db/db1/journal\n  farshore journal dump 00000001.seg --records --identity dr.bundle"
+    )]
     Dump {
         /// Segment file or journal folder.
         path: PathBuf,
+        /// Each record of each batch too, in the order of the stream.
+        #[arg(long, requires = "identity")]
+        records: bool,
+        /// Identity bundle of a target, which opens the record lists.
+        #[arg(long)]
+        identity: Option<PathBuf>,
     },
     /// Check every byte of a journal.
     #[command(

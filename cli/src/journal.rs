@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use farshore_link::identity::Identity;
+use farshore_proto::PointId;
+use farshore_proto::record::{Kind, Record};
 use farshore_proto::text::show_time;
 use farshore_target::keys::StreamKeys;
 use farshore_target::segment::parse_opening;
 use farshore_target::server::target_keys;
-use farshore_target::verify::{Dump, Fault, Report, dump_segment, verify_segment};
+use farshore_target::verify::{Dump, Fault, Report, dump_segment, read_records, verify_segment};
 use farshore_uring::DirStorage;
 use serde_json::{Value, json};
 
@@ -65,22 +67,117 @@ fn keys_of(identity: Option<&Identity>, folder: &Path, name: &Path) -> Result<Op
 
 pub(crate) fn run(command: JournalCommand, output: &Output) -> Result<()> {
     match command {
-        JournalCommand::Dump { path } => {
-            let (storage, names) = segments(&path)?;
-            let mut documents = Vec::new();
-            for name in names {
-                let dump = dump_segment(&storage, &name).map_err(Failure::from)?;
-                documents.push(document(&name, &dump));
-                if !output.is_json() {
-                    output.line(&text(&name, &dump));
-                }
-            }
-            if output.is_json() {
-                output.document(&json!(documents));
-            }
-            Ok(())
+        JournalCommand::Dump { path, records, identity } => {
+            let identity = identity.filter(|_| records);
+            let identity = identity.as_deref().map(Identity::load).transpose();
+            dump(&path, identity.map_err(|error| Failure::from_link(&error))?.as_ref(), output)
         }
         JournalCommand::Verify { path, identity } => verify(&path, identity.as_deref(), output),
+    }
+}
+
+/// With an identity every record, too.
+fn dump(path: &Path, identity: Option<&Identity>, output: &Output) -> Result<()> {
+    let (storage, names) = segments(path)?;
+    let mut documents = Vec::new();
+    for name in names {
+        let dump = dump_segment(&storage, &name).map_err(Failure::from)?;
+        let records = match keys_of(identity, storage.root(), &name)? {
+            Some(keys) => Some(record_rows(&storage, &name, &keys)?),
+            None => None,
+        };
+        if output.is_json() {
+            let mut document = document(&name, &dump);
+            if let Some(rows) = records {
+                document["records"] = rows.iter().map(RecordRow::document).collect();
+            }
+            documents.push(document);
+            continue;
+        }
+        output.line(&text(&name, &dump));
+        if let Some(rows) = records {
+            let head = ["POINT", "POSITION", "KIND", "VOLUME", "OFFSET", "LENGTH", "CONTENT"];
+            output.line(&table(&head, &rows.iter().map(RecordRow::cells).collect::<Vec<_>>()));
+        }
+    }
+    if output.is_json() {
+        output.document(&json!(documents));
+    }
+    Ok(())
+}
+
+/// One record of a batch.
+struct RecordRow {
+    point: PointId,
+    record: Record,
+}
+
+impl RecordRow {
+    /// What it is called in `docs/formats/batch.md`.
+    fn kind(&self) -> &'static str {
+        match self.record.kind() {
+            Kind::Noop => "no-op",
+            Kind::Write => "write",
+            Kind::WriteZeroes => "write zeroes",
+            Kind::Discard => "discard",
+            Kind::SyncData => "sync data",
+            Kind::Probe => "probe",
+            Kind::ProbeZero => "probe zero",
+            Kind::Cut => "cut",
+            Kind::EventBegin => "event begin",
+            Kind::EventEnd => "event end",
+            Kind::VolumeJoined => "volume joined",
+            Kind::Bookmark => "bookmark",
+            Kind::Unreadable => "unreadable",
+            Kind::SyncZero => "sync zero",
+            Kind::VolumeLeft => "volume left",
+        }
+    }
+
+    /// Id of the content, where it has one.
+    fn content(&self) -> Option<String> {
+        let id = self.record.id();
+        (id.0 != [0; 32]).then(|| id.to_string())
+    }
+
+    fn document(&self) -> Value {
+        json!({
+            "point": self.point.to_string(),
+            "position": self.record.position().0,
+            "kind": self.kind(),
+            "volume": self.record.volume().0,
+            "offset": self.record.start_byte(),
+            "bytes": self.record.len_bytes(),
+            "content": self.content(),
+        })
+    }
+
+    fn cells(&self) -> Vec<String> {
+        let record = &self.record;
+        vec![
+            self.point.to_string(),
+            record.position().to_string(),
+            self.kind().to_owned(),
+            record.volume().0.to_string(),
+            record.start_byte().to_string(),
+            record.len_bytes().to_string(),
+            self.content().unwrap_or_default(),
+        ]
+    }
+}
+
+/// All records of a segment, in order. What cannot be opened is among the dump's faults or named by `journal verify`.
+fn record_rows(storage: &DirStorage, name: &Path, keys: &StreamKeys) -> Result<Vec<RecordRow>> {
+    let mut rows = Vec::new();
+    let faults = read_records(storage, name, keys, |point, records| {
+        rows.extend(records.iter().map(|record| RecordRow { point, record: *record }));
+    })
+    .map_err(Failure::from)?;
+    match faults.first() {
+        None => Ok(rows),
+        Some(fault) => Err(Failure::failed(format!("journal {}", name.display()), fault.reason.clone())
+            .hint("`farshore journal verify --identity …` lists all that is damaged")
+            .into()),
     }
 }
 

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use farshore_proto::message::Tail;
+use farshore_proto::record::Record;
 use farshore_proto::{PointId, WallTime};
 use farshore_uring::{OpenMode, Storage, StorageFile};
 
@@ -128,6 +129,26 @@ pub fn verify_journal<S: Storage>(storage: &S, folder: &Path, keys: Option<&Stre
         total.faults.extend(one.faults);
     }
     Ok(total)
+}
+
+/// Opens the record list of every entry of a segment, in order, and hands it to `each`.
+///
+/// # Errors
+/// As [`verify_segment`]; a list that the keys do not open is among the faults.
+pub fn read_records<S: Storage>(
+    storage: &S,
+    path: &Path,
+    keys: &StreamKeys,
+    mut each: impl FnMut(PointId, &[Record]),
+) -> Result<Vec<Fault>> {
+    let mut walk = Walk::open(storage, path)?;
+    while let Some(stored) = walk.next()? {
+        match stored.open_list(keys) {
+            Ok(list) => each(stored.entry.point, &list.records),
+            Err(reason) => walk.fault(stored.at, format!("batch {}: {reason}", stored.entry.point.batch)),
+        }
+    }
+    walk.finish()
 }
 
 /// Lists a segment's entries.
