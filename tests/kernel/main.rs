@@ -7,6 +7,7 @@ mod agent;
 mod child;
 mod dm;
 mod host;
+mod log_writes;
 mod rig;
 mod supervisor;
 mod ublk;

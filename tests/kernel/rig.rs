@@ -41,6 +41,12 @@ pub(crate) fn machine() -> Result<Control> {
     Ok(control)
 }
 
+/// A figure of a test, for whoever runs it with `--nocapture`.
+#[allow(clippy::print_stdout, reason = "a figure for people")]
+pub(crate) fn say(text: &str) {
+    println!("{text}");
+}
+
 /// Runs a shell command; its output, both streams.
 pub(crate) fn run(command: &str) -> Result<String> {
     let output = Command::new("sh").args(["-c", &format!("({command}) 2>&1")]).stdin(Stdio::null()).output()?;
@@ -215,8 +221,13 @@ pub(crate) struct Mounted(PathBuf);
 
 impl Mounted {
     pub(crate) fn new(device: &Path) -> Result<Self> {
+        Self::with(device, "")
+    }
+
+    /// With options of `mount`.
+    pub(crate) fn with(device: &Path, options: &str) -> Result<Self> {
         let folder = tempfile::tempdir().context("make a mount point")?.keep();
-        run(&format!("mount {} {}", device.display(), folder.display()))?;
+        run(&format!("mount {options} {} {}", device.display(), folder.display()))?;
         Ok(Self(folder))
     }
 

@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 pub mod fuzz;
+pub mod log_writes;
+pub mod partial_order;
 
 use std::time::SystemTime;
 
