@@ -7,6 +7,7 @@ mod agent;
 mod capture;
 mod child;
 mod dm;
+mod guests;
 mod host;
 mod log_writes;
 mod rig;

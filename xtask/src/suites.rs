@@ -88,6 +88,12 @@ pub(crate) static SUITES: [Suite; 15] = [
             outside::UDEVADM,
             outside::SYSTEMD_ANALYZE,
             outside::MKFS_BTRFS,
+            outside::INITDB,
+            outside::PGBENCH,
+            outside::MKFS_XFS,
+            outside::HDPARM,
+            outside::SFDISK,
+            outside::IP,
         ],
         kernel,
     ),
@@ -375,6 +381,7 @@ fn kernel(session: &mut Session) -> Result<()> {
     let mut job = vm::Job::new(format!("exec {} --test-threads=1 {filter}", vm::quoted(&program)));
     job.limit = KERNEL_MAX;
     job.environment.push(("FARSHORE_BIN".to_owned(), binary.display().to_string()));
+    job.environment.extend(std::env::var("FARSHORE_KILLS").ok().map(|kills| ("FARSHORE_KILLS".to_owned(), kills)));
     let mut counter = Counter::default();
     let ended = vm::run(session.workspace, &job, |line| counter.line(line))?;
     session.tally.add(&counter.tally);

@@ -7,6 +7,7 @@ mod relay;
 pub mod run;
 
 use std::io::{BufRead, BufReader};
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -45,8 +46,19 @@ pub struct SitesConfig {
     pub target_toml: String,
     /// The agent talks to the target itself, not through the relay that can be cut.
     pub direct_link: bool,
+    /// The target runs in a network namespace of its own; none: beside the agent, on loopback.
+    pub elsewhere: Option<Elsewhere>,
     /// Value of `RUST_LOG` of both daemons.
     pub log: String,
+}
+
+/// A network namespace (`ip netns`) and an address in it that this process reaches.
+#[derive(Debug, Clone)]
+pub struct Elsewhere {
+    /// Name of the namespace.
+    pub namespace: String,
+    /// Where the target listens.
+    pub address: IpAddr,
 }
 
 impl SitesConfig {
@@ -61,6 +73,7 @@ impl SitesConfig {
             direct_link: false,
             agent_toml: String::new(),
             target_toml: String::new(),
+            elsewhere: None,
             log: "info".into(),
         }
     }
@@ -93,7 +106,7 @@ impl Sites {
             bundle.write(&config.dir.join(format!("{role}.bundle"))).context("write an identity")?;
         }
         let target_port = free_udp_port()?;
-        let relay = UdpRelay::start(([127, 0, 0, 1], target_port).into()).context("start the link's relay")?;
+        let relay = UdpRelay::start((target_address(&config), target_port).into()).context("start the link's relay")?;
         let mut sites = Self { config, relay, target_port, target: None, agent: None };
         sites.start_target()?;
         sites.start_agent()?;
@@ -108,10 +121,10 @@ impl Sites {
         let file = self.path("target.toml");
         let data = self.config.target_data.clone().unwrap_or_else(|| self.path("target"));
         let text = format!(
-            "identity = {:?}\ndata = {:?}\nlisten = \"127.0.0.1:{}\"\nsocket = {:?}\n{}",
+            "identity = {:?}\ndata = {:?}\nlisten = \"{}\"\nsocket = {:?}\n{}",
             self.path("target.bundle"),
             data,
-            self.target_port,
+            SocketAddr::from((target_address(&self.config), self.target_port)),
             self.target_socket(),
             self.config.target_toml
         );
@@ -126,11 +139,14 @@ impl Sites {
     /// When it does not come up.
     pub fn start_agent(&mut self) -> Result<()> {
         let file = self.path("agent.toml");
+        let upstream = match self.config.direct_link {
+            true => SocketAddr::from((target_address(&self.config), self.target_port)),
+            false => SocketAddr::from(([127, 0, 0, 1], self.relay.port())),
+        };
         let text = format!(
-            "identity = {:?}\nstate = {:?}\nupstream = \"127.0.0.1:{}\"\nsocket = {:?}\nring = {}\nring_dir = {:?}\n{}",
+            "identity = {:?}\nstate = {:?}\nupstream = \"{upstream}\"\nsocket = {:?}\nring = {}\nring_dir = {:?}\n{}",
             self.path("agent.bundle"),
             self.path("agent"),
-            if self.config.direct_link { self.target_port } else { self.relay.port() },
             self.agent_socket(),
             self.config.ring,
             self.ring_dir()?,
@@ -150,7 +166,16 @@ impl Sites {
     }
 
     fn spawn(&self, role: &'static str, config: &Path) -> Result<Process> {
-        let mut child = Command::new(&self.config.binary)
+        let mut command = match &self.config.elsewhere {
+            // It becomes the daemon, so the process id is the daemon's.
+            Some(Elsewhere { namespace, .. }) if role == "target" => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", namespace]).arg(&self.config.binary);
+                command
+            }
+            Some(_) | None => Command::new(&self.config.binary),
+        };
+        let mut child = command
             .args([role, "run", "--config"])
             .arg(config)
             .env("RUST_LOG", &self.config.log)
@@ -429,6 +454,10 @@ fn kill_and_await(pid: u32) {
 /// Waits a moment before looking again at another process.
 pub fn pause(time: Duration) {
     std::thread::sleep(time);
+}
+
+fn target_address(config: &SitesConfig) -> IpAddr {
+    config.elsewhere.as_ref().map_or(IpAddr::from([127, 0, 0, 1]), |elsewhere| elsewhere.address)
 }
 
 fn free_udp_port() -> Result<u16> {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -127,7 +127,9 @@ impl Shared {
     }
 
     fn connect(&self) -> io::Result<UdpSocket> {
-        let back = UdpSocket::bind("127.0.0.1:0")?;
+        // Loopback reaches nobody else.
+        let own: IpAddr = if self.server.ip().is_loopback() { [127, 0, 0, 1].into() } else { [0, 0, 0, 0].into() };
+        let back = UdpSocket::bind((own, 0))?;
         enlarge(&back);
         back.connect(self.server)?;
         back.set_read_timeout(Some(LOOK))?;
