@@ -9,6 +9,7 @@ mod child;
 mod dm;
 mod guests;
 mod host;
+mod kills;
 mod log_writes;
 mod rig;
 mod supervisor;
