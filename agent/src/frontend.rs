@@ -25,6 +25,10 @@ use crate::{Error, Result, attach};
 /// Most queues of a device. Each is a thread with a ring; from four on they get in each other's way at the one capture ring.
 const QUEUES_MAX: usize = 4;
 
+/// Processors for each queue. A queue's thread runs on the processors that its requests come from. With one for each it takes its
+/// guest's only processor away (measured: a third of the requests per second, `docs/decisions/0006-ublk-data-path.md`).
+const PROCESSORS_PER_QUEUE: usize = 2;
+
 /// How long a takeover waits for the kernel to end the I/O of the dead agent. Its disk has been opened by then, so that I/O has
 /// ended already; what is left is the kernel's own tidying.
 const TAKEOVER_MAX: Duration = Duration::from_secs(30);
@@ -125,7 +129,7 @@ fn make<D: BlockDevice>(
         control.delete(id)?;
     }
     let processors = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
-    let queues = u16::try_from(processors.min(QUEUES_MAX)).unwrap_or(1);
+    let queues = u16::try_from((processors / PROCESSORS_PER_QUEUE).clamp(1, QUEUES_MAX)).unwrap_or(1);
     let config = farshore_ublk::ServerConfig { id: first, queues, ..farshore_ublk::ServerConfig::default() };
     match farshore_ublk::Server::start_with(control, config, Arc::clone(device)) {
         Err(error) if error.kind() == ErrorKind::Busy && wanted.is_none() && first.is_some() => {
