@@ -31,6 +31,8 @@ pub(super) struct Fio<'a> {
 pub(super) enum FioTarget<'a> {
     /// An NBD server on a unix socket.
     Nbd(&'a Path),
+    /// A block device, with direct I/O.
+    Device(&'a Path),
     /// A file, with direct I/O, synced with fdatasync every so many writes.
     File(&'a Path, u32),
 }
@@ -67,6 +69,11 @@ impl Fio<'_> {
             FioTarget::Nbd(socket) => {
                 add("ioengine", "nbd".into());
                 add("uri", format!("nbd+unix:///?socket={}", socket.display()));
+            }
+            FioTarget::Device(path) => {
+                add("ioengine", "io_uring".into());
+                add("direct", "1".into());
+                add("filename", path.display().to_string());
             }
             FioTarget::File(path, sync_every) => {
                 add("ioengine", "libaio".into());

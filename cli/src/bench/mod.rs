@@ -1,6 +1,7 @@
 //! `farshore bench`: the published figures, each with its peer in the same run, as ratios. What is measured and what must
 //! be reached stands in SPEC.md.
 
+mod blocks;
 mod fio;
 mod guest;
 mod ingest;
@@ -39,6 +40,15 @@ pub(crate) struct BenchArgs {
     /// Bytes of the ring.
     #[arg(long, default_value = "256MiB", value_parser = parse_size)]
     pub ring: u64,
+    /// For what needs a block device of its own: this disk. ALL of its content is lost.
+    #[arg(long)]
+    pub disk: Option<PathBuf>,
+    /// The peer's program, for `ublk`.
+    #[arg(long)]
+    pub rublk: Option<PathBuf>,
+    /// Rounds in which short runs take turns; their seconds are `--seconds` divided by it.
+    #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u64).range(1..))]
+    pub rounds: u64,
     /// For `serve`: the file.
     #[arg(hide = true)]
     pub file: Option<PathBuf>,
@@ -148,6 +158,9 @@ const FIGURES: &[Figure] = &[
     ("rpo", "age of the newest point at 20 MB/s of random writes; the agent's memory", replicate::rpo),
     ("wire", "bytes on the wire of a pgbench run against zstd -3 of its writes", wire::wire),
     ("ingest", "target alone against fio's sequential direct writes", ingest::ingest),
+    ("ublk", "ublk against rublk and the bare disk; needs --disk, --rublk", blocks::ublk),
+    ("drbd", "protected and shipping over ublk against DRBD; needs --disk", blocks::drbd),
+    ("latency", "what protection adds to ublk at depth 1; needs --disk", blocks::latency),
     ("view", "opening a view of 20 GiB of 4 KiB records; the target's memory", views::view_open),
 ];
 
@@ -164,7 +177,11 @@ pub(crate) fn run(args: &BenchArgs, output: &Output) -> Result<()> {
         }
         _ => {}
     }
-    let chosen: Vec<&Figure> = FIGURES.iter().filter(|(name, ..)| args.name == "all" || args.name == *name).collect();
+    // Without a disk to spend, `all` means what needs none.
+    let wanted = |(name, what, _): &&Figure| {
+        args.name == *name || args.name == "all" && (args.disk.is_some() || !what.contains("--disk"))
+    };
+    let chosen: Vec<&Figure> = FIGURES.iter().filter(wanted).collect();
     if chosen.is_empty() {
         return Err(Failure::usage(args.name.clone(), "is no benchmark")
             .hint("`farshore bench list` names them")

@@ -32,10 +32,11 @@ struct Disk {
     logical_block: u32,
 }
 
-/// `/dev/vda` with 512-byte and `/dev/vdb` with 4096-byte blocks.
-const DISKS: [Disk; 2] = [
+/// `/dev/vda` with 512-byte and `/dev/vdb` with 4096-byte blocks; `/dev/vdc` has room for what benchmarks write.
+const DISKS: [Disk; 3] = [
     Disk { name: "vda", bytes: 2 << 30, logical_block: 512 },
     Disk { name: "vdb", bytes: 2 << 30, logical_block: 4096 },
+    Disk { name: "vdc", bytes: 32 << 30, logical_block: 512 },
 ];
 
 /// Time until a machine without a limit of its own is stopped.
