@@ -323,8 +323,8 @@ fn kills_of_the_agent_over_a_slow_disk() -> Result<()> {
 fn kills_of_the_agent_while_the_target_is_down() -> Result<()> {
     Rig::test(5, |rig| {
         rig.sites.kill_target();
-        let options = "--rw=randwrite --bs=16k --iodepth=8 --size=16m --rate=2m --verify=crc32c";
-        kill_under_load_by(rig, 5, options, Rig::kill_all_and_restart)?;
+        let options = "--rw=randwrite --bs=16k --iodepth=16 --size=32m --rate=4m --verify=crc32c";
+        kill_under_load_by(rig, 8, options, Rig::kill_all_and_restart)?;
         rig.sites.start_target()?;
         rig.check_replica()
     })

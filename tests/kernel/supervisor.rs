@@ -144,20 +144,15 @@ fn workers_are_killed_for_want_of_memory() -> Result<()> {
 }
 
 /// Goal: a host that is short of memory and swaps to another device goes on through kills of the worker: nobody waits for somebody
-/// who waits for him. Method: a hog that takes more than there is, a file system on the protected device full of dirty pages.
+/// who waits for him. Method: a hog that takes more than there is, and a file system on the protected device full of dirty pages.
 #[test]
 fn kills_while_the_host_swaps() -> Result<()> {
     Rig::test(34, |rig| {
         run(&format!("mkfs.ext4 -q -F {}", rig.device.display()))?;
         rig.sites.wait(GROUP, 240)?;
         let mounted = Mounted::new(&rig.device)?;
-        run(&format!("modprobe loop; mkswap -q {DISK_4096} 2>&1 && swapon {DISK_4096}"))?;
-        let hogs = std::process::Command::new("sh")
-            // `tail` keeps a line of any length in memory.
-            .args(["-c", "for n in 1 2; do head -c 1800m /dev/zero | tail >/dev/null & done; wait"])
-            .spawn()
-            .context("start the hogs")?;
-        let mut hogs = Reaped(hogs);
+        run(&format!("mkswap {DISK_4096} && swapon {DISK_4096}"))?;
+        let hog = Hog::start()?;
         let file = mounted.folder().join("data");
         let mut load = std::process::Command::new("fio")
             .args([
@@ -183,8 +178,7 @@ fn kills_while_the_host_swaps() -> Result<()> {
             swapped = swapped.max(used_swap()?);
         }
         let status = load.wait()?;
-        hogs.end();
-        run(&format!("swapoff {DISK_4096}"))?;
+        drop(hog);
         ensure!(status.success(), "fio: {status}");
         println!("{kills} kills; at most {} MiB were swapped out", swapped >> 10);
         ensure!(kills > 0 && swapped > 0, "no kill while the host swapped");
@@ -194,21 +188,31 @@ fn kills_while_the_host_swaps() -> Result<()> {
     })
 }
 
-/// A process that does not outlive the test.
-struct Reaped(std::process::Child);
+/// Takes more memory than there is, and goes on writing to it. Ends when dropped, swap included.
+struct Hog {
+    writer: std::process::Child,
+    folder: tempfile::TempDir,
+}
 
-impl Reaped {
-    fn end(&mut self) {
-        let _ = run("pkill -x tail; pkill -x head");
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+impl Hog {
+    fn start() -> Result<Self> {
+        let folder = tempfile::tempdir().context("make a folder")?;
+        let path = folder.path().display();
+        run(&format!("mount -t tmpfs -o size=3600m hog {path}"))?;
+        run(&format!("dd if=/dev/zero of={path}/hog bs=1M count=3400"))?;
+        let again =
+            format!("while dd if=/dev/zero of={path}/hog bs=1M count=3400 conv=notrunc 2>/dev/null; do :; done");
+        let writer = std::process::Command::new("sh").args(["-c", &again]).spawn().context("start the hog")?;
+        Ok(Self { writer, folder })
     }
 }
 
-impl Drop for Reaped {
+impl Drop for Hog {
     fn drop(&mut self) {
-        self.end();
-        let _ = run(&format!("swapoff {DISK_4096}"));
+        // The next test says what is in its way.
+        let _ = self.writer.kill();
+        let _ = self.writer.wait();
+        let _ = run(&format!("umount -l {}; swapoff {DISK_4096}", self.folder.path().display()));
     }
 }
 

@@ -194,7 +194,7 @@ pub fn run(config: &AgentConfig, host: &Name, command: WorkerCommand, notify: &d
         answer_on,
         busy_since: None,
         looked: now,
-        mounts_looked: now,
+        mounts_looked: Now(0),
         trial: None,
         become_at: None,
         ready_told: false,
@@ -298,7 +298,12 @@ impl Supervisor<'_> {
     fn look(&mut self, now: Now) {
         if !self.machine.is_serving() || now.since(self.looked) >= LOOK {
             self.looked = now;
-            self.roster = Roster::read(&self.config.ring_dir, &self.host);
+            let roster = Roster::read(&self.config.ring_dir, &self.host);
+            if roster.disks != self.roster.disks {
+                // On a host whose mounts are private nobody else would let go of these.
+                self.mounts_looked = Now(0);
+            }
+            self.roster = roster;
         }
         if let Some(worker) = self.worker
             && self.roster.ready

@@ -57,8 +57,9 @@ impl Process {
         let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         // The name, in parentheses, may hold anything.
         let fields: Vec<&str> = text.get(text.rfind(')')? + 2..)?.split(' ').collect();
-        // Dead, and not yet waited for.
-        if matches!(fields.first(), Some(&("Z" | "X"))) {
+        // Dead, and not yet waited for. While one of its threads is still ending, it holds all its files.
+        let threads = || std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+        if matches!(fields.first(), Some(&("Z" | "X"))) && threads() <= 1 {
             return None;
         }
         // Fields 3 and up; the start is field 22.

@@ -128,11 +128,14 @@ fn folders_that_may_not_be_written_are_named() {
             std::fs::create_dir(&closed)?;
             std::fs::set_permissions(&closed, std::fs::Permissions::from_mode(0o555))?;
             let config = rig.dir().join("nobody.toml");
-            let socket = rig.dir().join("vain.sock");
+            let open = rig.dir().join("open");
+            std::fs::create_dir(&open)?;
+            std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o777))?;
+            let socket = open.join("vain.sock");
             std::fs::write(
                 &config,
                 format!(
-                    "identity = {:?}\nstate = {:?}\nupstream = \"127.0.0.1:9\"\nsocket = {socket:?}\n",
+                    "identity = {:?}\nstate = {:?}\nupstream = \"127.0.0.1:9\"\nsocket = {socket:?}\nring_dir = {open:?}\n",
                     own_bundle(rig, "agent.bundle")?,
                     closed.join("state")
                 ),
