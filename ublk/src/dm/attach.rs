@@ -156,6 +156,15 @@ impl Interposer {
         attached
     }
 
+    /// Whether [`Self::attach`] would take `upper`. Looks only.
+    ///
+    /// # Errors
+    /// As [`Self::attach`].
+    pub fn check(&self, upper: &Path) -> Result<(), Error> {
+        let _turn = self.turn()?;
+        self.candidate(upper).map(drop)
+    }
+
     /// Takes our device out of `attached`, in use or not; `serve` ends it.
     ///
     /// # Errors
