@@ -11,7 +11,7 @@ use farshore_link::identity::Identity;
 use farshore_proto::text::show_time;
 use farshore_proto::{Name, Role, SLOT_BYTES, VolumeIndex, WallTime};
 use farshore_streamer::{DurableBatch, Phase, StreamerStatus};
-use farshore_uring::DirStorage;
+use farshore_uring::{BackingId, DirStorage};
 use serde_json::{Value, json};
 
 use crate::alarms::{Alarm, Alarms, code};
@@ -20,11 +20,12 @@ use crate::config::AgentConfig;
 use crate::devices::{Access, Host, Protected, own_files};
 use crate::frontend::Frontend;
 use crate::gate::{self, Gate};
-use crate::group::{Context, Group};
+use crate::group::{Context, Group, NewPlace, NewVolume};
 use crate::source::open_source;
 use crate::state::{StateDir, VolumeState};
 use crate::supervisor::SupervisorLink;
-use crate::{Error, Result, clock};
+use crate::watch::Watch;
+use crate::{Error, Result, clock, interpose};
 
 /// An identity that expires within this time raises an alarm.
 const EXPIRY_WARNING: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -39,9 +40,10 @@ const REQUESTS: Duration = Duration::from_secs(5);
 /// A running agent.
 pub struct Agent {
     context: Context,
-    groups: RwLock<BTreeMap<Name, Arc<Group>>>,
+    groups: Arc<RwLock<BTreeMap<Name, Arc<Group>>>>,
     /// Held while volumes or groups come and go.
-    changes: Mutex<()>,
+    changes: Arc<Mutex<()>>,
+    watch: Mutex<Option<Watch>>,
     /// Every request is inside: a stop waits until nobody has a group any more.
     requests: Gate,
 }
@@ -72,7 +74,13 @@ impl Agent {
         // Before anything is opened that a pass-through holds.
         supervisor.let_go()?;
         let context = Context { config: Arc::new(config), identity: Arc::new(identity), store, alarms, supervisor };
-        let agent = Self { context, groups: RwLock::default(), changes: Mutex::default(), requests: Gate::default() };
+        let agent = Self {
+            context,
+            groups: Arc::default(),
+            changes: Arc::default(),
+            watch: Mutex::default(),
+            requests: Gate::default(),
+        };
         for name in agent.context.store.groups()? {
             let started = match agent.context.store.read_group(&name) {
                 Ok(Some(state)) if state.is_live() => Group::start(&agent.context, name.clone(), state)
@@ -91,6 +99,12 @@ impl Agent {
                 Ok(()) => agent.report(false),
             }
         }
+        let supervisor = agent.context.supervisor.clone();
+        let report = move |groups: &[Arc<Group>]| {
+            supervisor.report(groups.iter().flat_map(|group| group.roster()).collect(), true);
+        };
+        let watch = Watch::start(Arc::clone(&agent.groups), Arc::clone(&agent.changes), report)?;
+        *agent.watch.lock().unwrap_or_else(PoisonError::into_inner) = Some(watch);
         agent.report(true);
         Ok(agent)
     }
@@ -164,20 +178,55 @@ impl Agent {
         };
         let config = &self.context.config;
         self.refuse_known(&request.source, |volume| volume.source == request.source)?;
-        Host::look(self.protected()).check(&request.source, Access::Exclusive, &own_files(config))?;
-        let frontend = request.frontend.clone().unwrap_or_else(|| default_frontend(&config.state, &group_name, &name));
-        // Before a group is made for it.
-        Frontend::parse(&frontend)?.check_host()?;
-        let backing = open_source(&request.source, config)?;
-        self.refuse_known(&request.source, |volume| volume.identity == backing.id.as_str())?;
-        let known = self.groups.read().unwrap_or_else(PoisonError::into_inner).get(&group_name).cloned();
-        let protect = |group: &Group| group.protect(&request.source, backing, name, frontend);
-        let (group, volume) = match known {
-            Some(group) => protect(&group).map(|volume| (group, volume))?,
-            None => self.with_new_group(group_name, protect)?,
+        // What stands on a device-mapper device goes through what is put below it.
+        let access = if request.dm { Access::Live } else { Access::Exclusive };
+        Host::look(self.protected()).check(&request.source, access, &own_files(config))?;
+        let new = self.new_volume(request, &group_name, &name)?;
+        let stub = match &new.place {
+            NewPlace::Mapped(upper) => Some((upper.mapped.clone(), upper.made)),
+            NewPlace::Source(_) => None,
         };
+        let known = self.groups.read().unwrap_or_else(PoisonError::into_inner).get(&group_name).cloned();
+        let protect = |group: &Group| group.protect(new, name);
+        let protected = match known {
+            Some(group) => protect(&group).map(|volume| (group, volume)),
+            None => self.with_new_group(group_name, protect),
+        };
+        let (group, volume) = protected.inspect_err(|_| {
+            if let Some((mapped, made)) = stub {
+                interpose::drop_stub(&mapped, made);
+            }
+        })?;
         self.report(true);
         Ok(volume_document(&group, &volume))
+    }
+
+    /// Looks at what is to be protected, before a group is made for it.
+    fn new_volume(&self, request: &ProtectRequest, group: &Name, name: &Name) -> Result<NewVolume> {
+        let config = &self.context.config;
+        let (source, frontend) = (request.source.clone(), request.frontend.clone());
+        if request.dm {
+            let frontend = frontend.unwrap_or_else(|| "ublk".into());
+            let parsed = Frontend::parse(&frontend)?;
+            if parsed != Frontend::Ublk(None) {
+                let reason =
+                    format!("{frontend:?} does not go with --dm, which needs ublk and chooses the number itself");
+                return Err(Error::Setting { key: "frontend", reason });
+            }
+            parsed.check_host()?;
+            if let Ok((id, _)) = BackingId::of_block_device(&source) {
+                self.refuse_known(&source, |volume| interpose::is_of(volume, &id))?;
+            }
+            let upper = interpose::prepare(&source, group, name)?;
+            return Ok(NewVolume { source, frontend, place: NewPlace::Mapped(upper) });
+        }
+        let frontend = frontend.unwrap_or_else(|| default_frontend(&config.state, group, name));
+        Frontend::parse(&frontend)?.check_host()?;
+        let backing = open_source(&source, config)?;
+        self.refuse_known(&source, |volume| {
+            volume.identity == backing.id.as_str() || interpose::is_of(volume, &backing.id)
+        })?;
+        Ok(NewVolume { source, frontend, place: NewPlace::Source(backing) })
     }
 
     /// The agent's volumes, as far as devices are concerned.
@@ -401,6 +450,8 @@ impl Agent {
 
     pub(crate) fn stop_within(&self, drain: Duration) -> Result<()> {
         self.refuse_requests();
+        // It shares the groups.
+        drop(self.watch.lock().unwrap_or_else(PoisonError::into_inner).take());
         let inside = self.requests.wait_empty(REQUESTS);
         if inside > 0 {
             tracing::warn!(inside, "requests do not end; the groups that they hold keep their rings");
@@ -555,6 +606,7 @@ fn volume_document(group: &Group, volume: &VolumeState) -> Value {
         "frontend": volume.frontend,
         "tier": tier_of(group),
         "in_points": joined,
+        "dm": group.mapped_document(volume),
     })
 }
 

@@ -23,6 +23,8 @@ pub(crate) mod code {
     pub(crate) const UNREADABLE: &str = "volume.unreadable";
     /// A volume cannot be served.
     pub(crate) const UNAVAILABLE: &str = "volume.unavailable";
+    /// It was, or may have been, written past us.
+    pub(crate) const WRITTEN_PAST: &str = "volume.bypassed";
     /// The front end dropped requests.
     pub(crate) const DROPPED: &str = "volume.requests-dropped";
     /// No session with the target.

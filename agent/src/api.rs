@@ -36,8 +36,11 @@ pub struct ProtectRequest {
     pub group: String,
     /// Name in the group; none: the source's file name.
     pub name: Option<String>,
-    /// `nbd+unix:PATH` or `nbd+tcp:ADDR`; none: a socket below the state directory.
+    /// `nbd+unix:PATH`, `nbd+tcp:ADDR`, `ublk` or `ublk:N`; none: a socket below the state directory, with `dm` `ublk`.
     pub frontend: Option<String>,
+    /// Through the device mapper: the source stays in use, under its name or (of a bare disk) that of a stub over it.
+    #[serde(default)]
+    pub dm: bool,
 }
 
 /// Names a volume, as `GROUP/VOLUME` or by a name that is unique.

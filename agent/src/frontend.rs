@@ -20,7 +20,10 @@ use farshore_uring::BlockDevice;
 
 use crate::devices::opener;
 use crate::state::UblkDisk;
-use crate::{Error, Result, attach};
+use crate::{Error, Result, attach, clock};
+
+/// How long somebody may look at a device that is to go.
+const LOOK_MAX: Duration = Duration::from_secs(5);
 
 /// Most queues of a device. Each is a thread with a ring; from four on they get in each other's way at the one capture ring.
 const QUEUES_MAX: usize = 4;
@@ -168,6 +171,24 @@ impl Server {
             Self::Ublk(server) => {
                 let id = server.id();
                 Some(UblkDisk { id, sequence: sequence(id), boot: attach::boot_text().unwrap_or_default() })
+            }
+        }
+    }
+
+    /// Stops a block device below the device mapper, which its users do not go through any more. Waits for udev's look at it.
+    ///
+    /// # Errors
+    /// Somebody has claimed it all the same, or the kernel refuses.
+    pub(crate) fn stop_unused(&self) -> Result<()> {
+        let Self::Ublk(server) = self else { return Ok(()) };
+        let deadline = clock::now().plus(LOOK_MAX);
+        loop {
+            match server.stop(Stop::IfUnused) {
+                Err(error) if error.kind() == ErrorKind::Busy && clock::now() < deadline => {
+                    // There is no event for "the last one has closed it".
+                    let _ = nix::poll::poll(&mut [], 10u8);
+                }
+                stopped => return stopped.map_err(|error| ublk_error("front end", &error)),
             }
         }
     }

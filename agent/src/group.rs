@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -21,8 +21,10 @@ use farshore_uring::{Backing, DirStorage, FileDevice};
 use crate::alarms::{Alarms, code};
 use crate::attach::{Attached, Predecessor, RingOwner};
 use crate::config::{AgentConfig, CompressionPolicy, GroupPolicy};
+use crate::evidence::{Doubt, Evidence, Proof};
 use crate::frontend::{self, Frontend, NotStopped, Server};
 use crate::hooks::Hooks;
+use crate::interpose::{self, Found, Upper};
 use crate::limits::ring_unlocked;
 use crate::shared::{Shared, sync_alarms};
 use crate::source::{SourceFile, is_let_go, open_volume};
@@ -30,6 +32,10 @@ use crate::state::{GroupState, StateDir, UblkDisk, VolumeState};
 use crate::supervisor::{RosterDisk, SupervisorLink};
 use crate::sync_thread::{Restarts, SyncThread};
 use crate::{Error, Result, clock};
+
+mod mapped;
+
+use mapped::{Place, Trust};
 
 /// How long a start waits for each source that is held still, beyond what opening it waits. A dead agent's I/O ends when the disk
 /// answers; the block layer's own limit is 30 s, and guests wait all the while.
@@ -48,6 +54,23 @@ pub(crate) struct Group {
     policy: GroupPolicy,
     streamer: StreamerHandle,
     served: Mutex<BTreeMap<VolumeIndex, Served>>,
+    /// Volumes behind the device mapper.
+    places: Mutex<BTreeMap<VolumeIndex, Place>>,
+}
+
+/// A volume to be protected.
+pub(crate) struct NewVolume {
+    pub source: PathBuf,
+    pub frontend: String,
+    pub place: NewPlace,
+}
+
+/// What a new volume stands on.
+pub(crate) enum NewPlace {
+    /// The source, which was opened.
+    Source(Backing),
+    /// A device-mapper device, in use or not.
+    Mapped(Upper),
 }
 
 /// What a group needs of the agent.
@@ -77,19 +100,36 @@ impl Group {
             name: name.clone(),
             host_name: identity.name.clone(),
         };
+        // Once anything is served it shows nothing any more. Written with the state, before that.
+        let evidence: BTreeMap<u16, Evidence> =
+            state.volumes.iter_mut().filter_map(|volume| Some((volume.index, volume.evidence.take()?))).collect();
         let volumes = state.volumes.clone();
-        let surviving = |volume: &&VolumeState| volume.ublk.as_ref().and_then(frontend::surviving).is_some();
+        let mut found = Found::of(&volumes);
+        let surviving = |volume: &&VolumeState| match volume.mapped {
+            Some(_) => found.waiting.contains_key(&volume.index),
+            None => volume.ublk.as_ref().and_then(frontend::surviving).is_some(),
+        };
         let reissued: BTreeSet<u16> = volumes.iter().filter(surviving).map(|volume| volume.index).collect();
         let (unclean, asked) = (state.attached, Cell::new(false));
         let has_ended = || {
             asked.set(true);
-            volumes.iter().all(|volume| is_let_go(&volume.source, config, RELEASE_MAX))
+            let mut held = volumes.iter().flat_map(|volume| found.held(volume));
+            held.all(|path| is_let_go(&path, config, RELEASE_MAX))
         };
+        // Before any source is opened: that, too, may leave a trace on it.
+        let proofs: BTreeMap<u16, Proof> = volumes
+            .iter()
+            .filter(|volume| volume.mapped.is_none())
+            .filter_map(|volume| Some((volume.index, evidence.get(&volume.index)?.check(&volume.source))))
+            .collect();
         let predecessor = Predecessor { reissued, has_ended: &has_ended };
         let attached = owner.attach(&config.ring_dir, config.ring, &mut state, store, &predecessor)?;
         let reissued = predecessor.reissued;
         if unclean && !asked.get() && !has_ended() {
             tracing::warn!(group = %name, "a source is still held by another process");
+        }
+        if attached.resumed && !evidence.is_empty() {
+            store.write_group(&name, &state)?;
         }
         let in_stream = joined_in_stream(&attached, &state)?;
         if !attached.ring.locked() {
@@ -104,9 +144,13 @@ impl Group {
         let key = host_key.dedup_key(group_id);
         let sync = SyncThread::start(Arc::clone(&capture), sync_config, key, Restarts::default(), report)?;
         let shared = Shared::new(name.clone(), capture, sync, Arc::clone(alarms), store.clone(), state.clone());
-        let volumes: Vec<(VolumeState, Result<SourceFile>)> =
-            state.volumes.iter().map(|volume| (volume.clone(), open_volume(volume, config))).collect();
-        let mut filters = Vec::new();
+        let open = |volume: &VolumeState| match &volume.mapped {
+            None => Some(open_volume(volume, config)),
+            Some(_) => found.waiting.get(&volume.index).map(|attached| interpose::open_waiting(volume, attached)),
+        };
+        let volumes: Vec<(VolumeState, Option<Result<SourceFile>>)> =
+            state.volumes.iter().map(|volume| (volume.clone(), open(volume))).collect();
+        let (mut filters, mut pending) = (Vec::new(), Vec::new());
         for (volume, opened) in volumes {
             let joined = in_stream.all.contains(&VolumeIndex(volume.index));
             // A ring that was found does not tell "all of it is in the stream" from "killed before it was marked", or "left".
@@ -115,12 +159,24 @@ impl Group {
                 volume.ublk.as_ref().is_some_and(|disk| disk.sequence.is_some()) && !reissued.contains(&volume.index);
             let known = !resumed || (joined && volume.joined && !gone);
             let content = if known { attached.content } else { Content::Unknown };
-            match opened.and_then(|file| shared.add(&volume, file, content, joined, attached.clean)) {
-                Ok(filter) => filters.push((volume, filter)),
-                Err(error) => {
-                    shared.volume_failed(&volume, &error);
-                    shared.add_absent(&volume, joined);
+            let added = match opened {
+                Some(opened) => opened
+                    .and_then(|file| shared.add(&volume, file, content, joined, attached.clean))
+                    .map(|filter| filters.push((volume.clone(), filter))),
+                None => {
+                    shared.add_pending(&volume, content, joined, attached.clean).map(|()| pending.push(volume.clone()))
                 }
+            };
+            if let Err(error) = added {
+                shared.volume_failed(&volume, &error);
+                shared.add_absent(&volume, joined);
+                continue;
+            }
+            let proof = proofs.get(&volume.index);
+            if let Some(Err(doubt)) = proof {
+                shared.bypassed(VolumeIndex(volume.index), &doubt.to_string());
+            } else if proof.is_none() && volume.mapped.is_none() && attached.clean && content != Content::Unknown {
+                shared.bypassed(VolumeIndex(volume.index), &Doubt::Nothing.to_string());
             }
         }
         if resumed {
@@ -153,8 +209,14 @@ impl Group {
             Box::new(Hooks::new(Arc::clone(&hooked), in_stream.at_target, !resumed))
         })
         .map_err(|error| Error::failed(format!("group {name}"), crate::error::chain(&error)))?;
-        let group =
-            Self { shared, ring_file: owner.file(&config.ring_dir), policy, streamer, served: Mutex::default() };
+        let group = Self {
+            shared,
+            ring_file: owner.file(&config.ring_dir),
+            policy,
+            streamer,
+            served: Mutex::default(),
+            places: Mutex::default(),
+        };
         for (volume, filter) in filters {
             if let Err(error) = group.serve(&volume, filter) {
                 if reissued.contains(&volume.index) {
@@ -162,9 +224,24 @@ impl Group {
                     let _ = group.shared.capture.resync(VolumeIndex(volume.index));
                 }
                 group.shared.volume_failed(&volume, &error);
+            } else if let Some(attached) = found.waiting.remove(&volume.index) {
+                group.note_waiting(VolumeIndex(volume.index), attached);
+            }
+        }
+        for volume in pending {
+            let nothing = "its device was taken out of the path without an orderly stop";
+            let known = evidence.get(&volume.index).cloned();
+            let trust = known.map_or_else(|| Trust::Compare(nothing.into()), Trust::Evidence);
+            if let Err(error) = group.attach_again(VolumeIndex(volume.index), trust) {
+                group.shared.volume_failed(&volume, &error);
+                group.out(VolumeIndex(volume.index));
             }
         }
         Ok(group)
+    }
+
+    fn places(&self) -> MutexGuard<'_, BTreeMap<VolumeIndex, Place>> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn served(&self) -> MutexGuard<'_, BTreeMap<VolumeIndex, Served>> {
@@ -194,8 +271,8 @@ impl Group {
         })
     }
 
-    /// Protects one more volume, whose source was opened.
-    pub(crate) fn protect(&self, source: &Path, backing: Backing, name: Name, frontend: String) -> Result<VolumeState> {
+    /// Protects one more volume.
+    pub(crate) fn protect(&self, new: NewVolume, name: Name) -> Result<VolumeState> {
         let state = self.shared.state().clone();
         if state.volumes.iter().any(|volume| volume.name == name.as_str()) {
             return Err(Error::Refused {
@@ -204,9 +281,13 @@ impl Group {
                 hint: "give this one another --name".into(),
             });
         }
+        let NewVolume { source, frontend, place } = new;
+        let (identity, size, block) = match &place {
+            NewPlace::Source(backing) => (&backing.id, backing.geometry.size, backing.geometry.logical_block),
+            NewPlace::Mapped(upper) => (&upper.identity, upper.size, upper.block),
+        };
         let left = state.left.iter().find(|left| left.name == name.as_str());
-        let geometry = (backing.geometry.size, backing.geometry.logical_block);
-        if let Some(left) = left.filter(|left| (left.size, left.block) != geometry) {
+        if let Some(left) = left.filter(|left| left.size > size || left.block != block) {
             return Err(Error::Refused {
                 what: format!("volume {}/{name}", self.shared.name),
                 reason: format!(
@@ -219,13 +300,18 @@ impl Group {
         let volume = VolumeState {
             index: left.map_or(state.next_volume, |left| left.index),
             name: name.to_string(),
-            source: source.to_owned(),
-            identity: backing.id.as_str().to_owned(),
-            size: backing.geometry.size,
-            block: backing.geometry.logical_block,
+            source,
+            identity: identity.as_str().to_owned(),
+            size,
+            block,
             frontend,
             joined: false,
             ublk: left.and_then(|left| left.ublk.clone()),
+            mapped: match &place {
+                NewPlace::Source(_) => None,
+                NewPlace::Mapped(upper) => Some(upper.mapped.clone()),
+            },
+            evidence: None,
         };
         if usize::from(volume.index) >= farshore_ring::MAX_VOLUMES {
             return Err(Error::Refused {
@@ -245,10 +331,13 @@ impl Group {
         }
         // Before sync can say anything of it.
         self.streamer.set_volumes(declarations(&self.shared.state()));
-        let served = self
-            .shared
-            .add(&volume, SourceFile(backing), Content::Unknown, false, false)
-            .and_then(|filter| self.serve(&volume, filter));
+        let served = match place {
+            NewPlace::Source(backing) => self
+                .shared
+                .add(&volume, SourceFile(backing), Content::Unknown, false, false)
+                .and_then(|filter| self.serve(&volume, filter)),
+            NewPlace::Mapped(_) => self.attach_new(VolumeIndex(volume.index)),
+        };
         served.inspect_err(|_| {
             // What cannot be served is not protected; the source is as it was.
             if let Err(error) = self.forget(VolumeIndex(volume.index)) {
@@ -263,6 +352,14 @@ impl Group {
     /// # Errors
     /// [`Error::Refused`]: its block device is in use; it is protected as before.
     pub(crate) fn unprotect(&self, index: VolumeIndex) -> Result<()> {
+        let mapped = self.volumes().into_iter().find(|volume| volume.index == index.0).and_then(|it| it.mapped);
+        if let Some(mapped) = mapped {
+            self.detach(index)?;
+            self.note_disk(index, removed);
+            self.forget(index)?;
+            interpose::drop_stub(&mapped, true);
+            return Ok(());
+        }
         let server = self.served().get(&index).map(|served| Arc::clone(&served.server));
         match server {
             Some(server) => match server.stop() {
@@ -314,16 +411,21 @@ impl Group {
     pub(crate) fn roster(&self) -> Vec<RosterDisk> {
         let group = self.shared.name.to_string();
         let disk_of = |volume: VolumeState| {
-            let disk = volume.ublk.filter(|disk| disk.sequence.is_some())?;
+            let disk = volume.ublk.clone().filter(|disk| disk.sequence.is_some())?;
             let served = self.device(VolumeIndex(volume.index)).is_some();
             let name = format!("{group}/{}", volume.name);
-            Some(RosterDisk { volume: name, group: group.clone(), disk, backing: volume.source, served })
+            let backing = volume.backing_node().ok()?;
+            Some(RosterDisk { volume: name, group: group.clone(), disk, backing, served })
         };
         self.volumes().into_iter().filter_map(disk_of).collect()
     }
 
-    /// Address of a volume's front end; none while it cannot be served.
+    /// What a guest opens; none while it cannot be served.
     pub(crate) fn device(&self, index: VolumeIndex) -> Option<String> {
+        let mapped = self.shared.state().volumes.iter().find(|volume| volume.index == index.0)?.mapped.clone();
+        if let Some(mapped) = mapped {
+            return self.mapped_device(index, &mapped);
+        }
         self.served().get(&index).and_then(|served| served.server.address())
     }
 
@@ -340,14 +442,23 @@ impl Group {
     /// Stops in order: no more requests, backing devices flushed, everything shipped if the link allows before `deadline`. What is
     /// not durable at the target is kept as marks; then the ring is not needed any more.
     ///
-    /// A block device in use is not taken away. It is served for as long as the process lives, and waits for the next agent then; so
-    /// the ring stays as a dead agent would leave it.
+    /// A volume behind the device mapper is taken out of the path; its users go on. Another block device in use is not taken away: it
+    /// is served for as long as the process lives, and waits for the next agent then; so the ring stays as a dead agent would leave it.
     pub(crate) fn stop(self, deadline: Now) -> Result<()> {
-        let mut filters = Vec::new();
-        let mut in_use = false;
+        let (mut noted, all_out) = self.detach_all();
+        let (mut filters, mut stopped) = (Vec::new(), Vec::new());
+        let mut in_use = !all_out;
         for (index, served) in std::mem::take(&mut *self.served()) {
+            if self.places().contains_key(&index) {
+                // It could not be taken out of the path, and is served on.
+                filters.push(served.filter);
+                continue;
+            }
             match served.server.stop() {
-                Ok(()) => _ = self.note_disk(index, removed),
+                Ok(()) => {
+                    self.note_disk(index, removed);
+                    stopped.push(index);
+                }
                 Err(NotStopped::InUse(reason)) => {
                     let volume = self.shared.volume_subject(index);
                     tracing::warn!(volume, %reason, "the volume's device stays, and waits for the next agent");
@@ -363,8 +474,17 @@ impl Group {
         }
         self.shared.sync.stop();
         let last = self.streamer.stop(deadline.since(clock::now()));
+        // Nothing of ours writes any more, and nobody else can before the filters go.
+        noted.extend(stopped.into_iter().filter_map(|index| Some((index, self.shared.evidence_of(index)?))));
+        let note = |state: &mut GroupState| {
+            for volume in &mut state.volumes {
+                let of = noted.iter().find(|(index, _)| index.0 == volume.index);
+                volume.evidence = of.map(|(_, evidence)| evidence.clone());
+            }
+        };
         if in_use {
             // Requests still come, and are captured in the ring. Their marks are in it, too.
+            self.shared.update_state(note);
             return Ok(());
         }
         let shared = self.shared;
@@ -379,6 +499,7 @@ impl Group {
         let (number, chain) = last.stream.durable;
         let complete = shared.captures_all();
         let written = shared.update_state(|state| {
+            note(state);
             state.attached = false;
             // Of a volume that was not captured, no marks were saved.
             state.compare_everything |= !complete;

@@ -60,6 +60,9 @@ impl Hooks {
         let group = &self.shared.capture;
         let whole =
             !group.event_open() && !group.ring().is_closed() && group.volumes().iter().all(|volume| volume.joined());
+        if whole {
+            self.shared.bypass_is_over();
+        }
         if whole && self.shared.compares_everything() && self.shared.captures_all() {
             self.shared.update_state(|state| state.compare_everything = false);
         }

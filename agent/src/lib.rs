@@ -13,10 +13,12 @@ mod clock;
 pub mod config;
 mod devices;
 mod error;
+pub mod evidence;
 mod frontend;
 mod gate;
 mod group;
 mod hooks;
+mod interpose;
 mod limits;
 mod points;
 mod shared;
@@ -26,6 +28,7 @@ pub mod supervisor;
 mod sync_thread;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 pub use agent::Agent;
 pub use alarms::Alarm;

@@ -9,6 +9,7 @@ use farshore_proto::{Name, SLOT_BYTES, VolumeIndex};
 use farshore_uring::{DirStorage, FileDevice};
 
 use crate::alarms::{Alarms, code};
+use crate::evidence::{Doubt, Evidence};
 use crate::points::PointBoard;
 use crate::source::{Absent, SourceFile};
 use crate::state::{GroupState, StateDir, VolumeState};
@@ -168,6 +169,20 @@ impl Shared {
         joined: bool,
         clean: bool,
     ) -> Result<Arc<FilterVolume<FileDevice>>> {
+        let filter = self.capture_marked(volume, FileDevice::new(file.0), content, joined, clean)?;
+        self.sync.tell(SyncOrder::Add(Arc::clone(&filter)));
+        Ok(filter)
+    }
+
+    /// Captures a volume, with the marks that were saved at the last stop if that was in order.
+    fn capture_marked<F: BackingFile>(
+        &self,
+        volume: &VolumeState,
+        file: F,
+        content: Content,
+        joined: bool,
+        clean: bool,
+    ) -> Result<Arc<FilterVolume<F>>> {
         let saved = match clean {
             // Saved marks that cannot be read are none: everything is compared, and the guest has its volume.
             true => self.store.read_bitmap(&self.name, volume.index).unwrap_or_else(|error| {
@@ -178,7 +193,7 @@ impl Shared {
         };
         // A clean start without marks knows nothing of the volume.
         let content = if clean && saved.is_none() { Content::Unknown } else { content };
-        let filter = self.capture_volume(volume, FileDevice::new(file.0), content, joined)?;
+        let filter = self.capture_volume(volume, file, content, joined)?;
         if let (Some(words), Some(captured)) = (saved, self.capture.volume(VolumeIndex(volume.index))) {
             for (at, word) in words.iter().enumerate() {
                 for bit in (0..64).filter(|bit| word & (1 << bit) != 0) {
@@ -189,8 +204,29 @@ impl Shared {
                 }
             }
         }
-        self.sync.tell(SyncOrder::Add(Arc::clone(&filter)));
         Ok(filter)
+    }
+
+    /// Captures a volume that is put below its device only later. Until then nobody knows whether it is written past us, so no
+    /// point may claim to be whole: a slot of it counts as missing, and sync does not have it.
+    pub(crate) fn add_pending(&self, volume: &VolumeState, content: Content, joined: bool, clean: bool) -> Result<()> {
+        self.capture_marked(volume, Absent::new(volume), content, joined, clean)?;
+        if let Some(captured) = self.capture.volume(VolumeIndex(volume.index)) {
+            self.capture.mark_missing(&captured, 0, SLOT_BYTES.min(captured.size()));
+        }
+        Ok(())
+    }
+
+    /// Captures a volume over `file`, which may have grown; not known to sync yet. What is missing of it stays missing.
+    pub(crate) fn capture_again(
+        &self,
+        volume: &VolumeState,
+        file: FileDevice,
+    ) -> Result<Arc<FilterVolume<FileDevice>>> {
+        match self.capture.volume(VolumeIndex(volume.index)) {
+            None => self.capture_volume(volume, file, Content::Unknown, false),
+            Some(captured) => self.capture_volume(volume, file, Content::AsMarked, captured.joined()),
+        }
     }
 
     fn capture_volume<F: BackingFile>(
@@ -205,7 +241,15 @@ impl Shared {
         let text = format!("{} {} {}", self.name, volume.index, volume.identity);
         id.copy_from_slice(&blake3::hash(text.as_bytes()).as_bytes()[..16]);
         let spec = VolumeSpec { index: VolumeIndex(volume.index), name, id, content, joined };
-        self.capture.add_volume(spec, file).map_err(|error| {
+        let known = self.capture.ring().volumes().into_iter().find(|known| known.volume == volume.index);
+        let added = match known {
+            // It has grown, here or before a crash.
+            Some(known) if (known.id, known.capacity) != (id, file.geometry().size) => {
+                self.capture.replace_volume(spec, file)
+            }
+            Some(_) | None => self.capture.add_volume(spec, file),
+        };
+        added.map_err(|error| {
             Error::failed(format!("volume {}/{}", self.name, volume.name), crate::error::chain(&error))
         })
     }
@@ -219,6 +263,34 @@ impl Shared {
         }
         if let Err(error) = self.capture_volume(volume, Absent::new(volume), Content::Unknown, joined) {
             tracing::error!(error = crate::error::chain(&error), "an absent volume cannot be marked");
+        }
+    }
+
+    /// A volume was, or may have been, written past us: all of it is compared.
+    pub(crate) fn bypassed(&self, index: VolumeIndex, reason: &str) {
+        let subject = self.volume_subject(index);
+        tracing::warn!(volume = subject, reason, "the volume is compared: it may have been written past Farshore");
+        let text =
+            format!("may have been written while Farshore was not in the path ({reason}): all of it is compared");
+        self.alarms.raise(code::WRITTEN_PAST, &subject, text);
+        // Unknown only if it left the group meanwhile.
+        let _ = self.capture.resync(index);
+    }
+
+    /// What shows at the next start whether a volume that is not served any more was written.
+    pub(crate) fn evidence_of(&self, index: VolumeIndex) -> Option<Evidence> {
+        let source = self.state().volumes.iter().find(|volume| volume.index == index.0)?.source.clone();
+        let evidence = Evidence::take(&source);
+        let unknown = |doubt: &Doubt| {
+            tracing::warn!(volume = self.volume_subject(index), %doubt, "the next start compares this volume");
+        };
+        evidence.inspect_err(unknown).ok()
+    }
+
+    /// All was compared: what went past us is at the target, too. Where something still goes past, the next look raises it anew.
+    pub(crate) fn bypass_is_over(&self) {
+        for volume in self.state().volumes.iter() {
+            self.alarms.clear(code::WRITTEN_PAST, &format!("{}/{}", self.name, volume.name));
         }
     }
 

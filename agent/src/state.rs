@@ -14,11 +14,12 @@ use farshore_proto::{Name, VaultId};
 use farshore_uring::{OpenMode, Storage, StorageFile, replace_file};
 use serde::{Deserialize, Serialize};
 
+use crate::evidence::Evidence;
 use crate::{Error, Result};
 
 const FORMAT: u32 = 1;
-/// Of a group's file. 2 added `ublk` to volumes; 1 is read as well.
-const GROUP_FORMAT: u32 = 2;
+/// Of a group's file. 2 added `ublk` to volumes, 3 `mapped` and `evidence`; 1 and 2 are read as well.
+const GROUP_FORMAT: u32 = 3;
 const IDENTITY: &str = "agent.toml";
 const GROUPS: &str = "groups";
 const BITMAP_MAGIC: &[u8; 8] = b"FSBITMP1";
@@ -89,6 +90,33 @@ pub struct VolumeState {
     /// Its last block device, where it is served over ublk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ublk: Option<UblkDisk>,
+    /// The device that leads requests through us, where the device mapper does; none: the source itself is served.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mapped: Option<Mapped>,
+    /// What the last orderly stop knew of the source. None while it is served.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evidence: Option<Evidence>,
+}
+
+/// A device-mapper device whose requests we are put below of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mapped {
+    /// What its users have: the source, or the stub over it. [`VolumeState::identity`] is of this one.
+    pub upper: PathBuf,
+    /// The stub that was made over the source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stub: Option<StubState>,
+}
+
+/// A linear device over a bare disk, made by us.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StubState {
+    /// Its name in the device mapper.
+    pub name: String,
+    /// What tells whether the source is still the disk that it was made over.
+    pub disk: String,
 }
 
 /// A block device that outlives the agent.
@@ -343,21 +371,27 @@ mod tests {
                     source = \"/dev/sdb\"\nidentity = \"x\"\nsize = 512\nblock = 512\nfrontend = \"nbd+unix:/a\"\njoined = true\n";
         write(folder.path(), body);
         let mut state = store.read_group(&group).expect("read").expect("there");
-        assert_eq!((state.format, state.incarnation, &state.volumes[0].ublk), (2, 3, &None));
+        assert_eq!((state.format, state.incarnation, &state.volumes[0].ublk), (3, 3, &None));
+        write(folder.path(), &body.replace("format = 1", "format = 2"));
+        assert_eq!(store.read_group(&group).expect("read"), Some(state.clone()));
 
         state.volumes[0].ublk = Some(UblkDisk { id: 3, sequence: Some(77), boot: "b".into() });
         state.left.push(VolumeState { index: 1, ublk: None, ..state.volumes[0].clone() });
         store.write_group(&group, &state).expect("written");
         assert_eq!(store.read_group(&group).expect("read"), Some(state.clone()));
         state.volumes[0].ublk = Some(UblkDisk { id: 3, sequence: None, boot: "b".into() });
+        let stub = Some(StubState { name: "protected-g-v".into(), disk: "block serial=S size=512".into() });
+        state.volumes[0].mapped = Some(Mapped { upper: "/dev/mapper/protected-g-v".into(), stub });
+        state.volumes[0].evidence =
+            Some(Evidence::File { inode: u64::MAX.to_string(), size: 512, changed: "7.000000001".into() });
         store.write_group(&group, &state).expect("written");
         assert_eq!(store.read_group(&group).expect("read"), Some(state));
 
         let seen = look(folder.path()).expect("ours");
         assert!(matches!(&seen[..], [(name, Ok(found))] if *name == group && found.volumes.len() == 1), "{seen:?}");
-        write(folder.path(), &body.replace("format = 1", "format = 3"));
+        write(folder.path(), &body.replace("format = 1", "format = 4"));
         let error = store.read_group(&group).expect_err("newer").to_string();
-        assert!(error.contains("format 3"), "{error}");
+        assert!(error.contains("format 4"), "{error}");
         let seen = look(folder.path()).expect("ours");
         assert!(matches!(&seen[..], [(_, Err(Error::State { .. }))]), "damage stands in the group's place: {seen:?}");
         look(&folder.path().join(GROUPS)).expect_err("no state directory");

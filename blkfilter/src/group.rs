@@ -7,12 +7,14 @@ use std::time::Duration;
 use farshore_proto::record::Kind;
 use farshore_proto::{Position, VolumeIndex, WallTime};
 use farshore_ring::{Consumer, Desc, Dormant, Producer, ReopenError, Reservation, Ring, Which};
-use farshore_uring::Errno;
+use farshore_uring::{Errno, Geometry};
 
 use crate::alarm::{Alarm, AlarmEvent, Alarms};
 use crate::counters::Counters;
 use crate::volume::Mode;
 use crate::{BackingFile, Content, Error, FilterVolume, Volume, VolumeSpec};
+
+mod replace;
 
 /// Times and limits of a group's capture.
 #[derive(Clone, Debug)]
@@ -140,7 +142,16 @@ impl CaptureGroup {
         spec: VolumeSpec,
         file: F,
     ) -> Result<Arc<FilterVolume<F>>, Error> {
-        let geometry = file.geometry();
+        let volume = self.insert(spec, file.geometry())?;
+        if volume.missing.next_set(0).is_some() {
+            self.ensure_event(&volume);
+        }
+        self.poke_sync();
+        Ok(Arc::new(FilterVolume::new(file, Mode::Captured(Arc::clone(self), volume))))
+    }
+
+    /// Puts it in the place of whoever has its number.
+    fn insert(&self, spec: VolumeSpec, geometry: Geometry) -> Result<Arc<Volume>, Error> {
         let index = spec.index.0;
         let failed = |source| Error::Ring { name: spec.name.to_string(), source };
         self.ring.add_volume(index, spec.id, geometry.size).map_err(failed)?;
@@ -162,16 +173,11 @@ impl CaptureGroup {
         if spec.content == Content::Unknown {
             volume.missing.set_range(0, geometry.size);
         }
-        {
-            let mut volumes = self.volumes.write().unwrap_or_else(PoisonError::into_inner);
-            volumes.retain(|old| old.index != volume.index);
-            volumes.push(Arc::clone(&volume));
-        }
-        if volume.missing.next_set(0).is_some() {
-            self.ensure_event(&volume);
-        }
-        self.poke_sync();
-        Ok(Arc::new(FilterVolume::new(file, Mode::Captured(Arc::clone(self), volume))))
+        let mut volumes = self.volumes.write().unwrap_or_else(PoisonError::into_inner);
+        volumes.retain(|old| old.index != volume.index);
+        volumes.push(Arc::clone(&volume));
+        drop(volumes);
+        Ok(volume)
     }
 
     /// Ends the protection of a volume, after its front end has closed all its queues: says so in the stream and forgets the
@@ -611,17 +617,18 @@ mod tests {
 
     use farshore_proto::Name;
     use farshore_ring::{Memory, RingConfig, RingIdentity};
-    use farshore_uring::{Extent, FileSlot, Geometry, Io};
+    use farshore_uring::{Extent, FileSlot, Io};
 
     use super::*;
     use crate::Buf;
 
-    struct Nothing;
+    /// A disk of this many bytes.
+    struct Nothing(u64);
 
     impl BackingFile for Nothing {
         fn geometry(&self) -> Geometry {
             Geometry {
-                size: 1 << 20,
+                size: self.0,
                 logical_block: 512,
                 optimal_block: 4096,
                 max_request: 1 << 20,
@@ -654,7 +661,7 @@ mod tests {
         let group = CaptureGroup::new(ring, CaptureConfig::default());
         let name = Name::new("v").expect("a good name");
         let spec = VolumeSpec { index: VolumeIndex(3), name, id: [0; 16], content: Content::AsMarked, joined };
-        group.add_volume(spec, Nothing).expect("room");
+        group.add_volume(spec, Nothing(1 << 20)).expect("room");
         let volume = group.volume(VolumeIndex(3)).expect("added");
         (group, volume)
     }
@@ -688,6 +695,32 @@ mod tests {
         assert!(group.end_event().is_some());
         assert!(!group.event_open());
         assert_eq!(group.end_event(), None);
+    }
+
+    /// Goal: a volume that has grown is missing as a whole, and no point is made until it is there. Method: replaced while no event is
+    /// open, while the old one has marks, and before it has joined.
+    #[test]
+    fn a_volume_that_grew_is_missing_as_a_whole() {
+        let spec = |joined| {
+            let name = Name::new("v").expect("a good name");
+            VolumeSpec { index: VolumeIndex(3), name, id: [1; 16], content: Content::AsMarked, joined }
+        };
+        for marked in [false, true] {
+            let (group, volume) = self::group(true);
+            if marked {
+                group.mark_missing(&volume, 0, 1 << 20);
+            }
+            drop(volume);
+            group.replace_volume(spec(true), Nothing(4 << 20)).expect("room");
+            let volume = group.volume(VolumeIndex(3)).expect("replaced");
+            assert!(group.event_open() && volume.joined() && group.volumes().len() == 1);
+            assert_eq!((volume.size(), volume.missing().count_ones()), (4 << 20, 64));
+            assert_eq!(group.end_event(), None);
+            assert!(group.add_volume(spec(true), Nothing(1 << 20)).is_err(), "the ring knows its shape");
+        }
+        let (group, _) = self::group(false);
+        group.replace_volume(spec(false), Nothing(4 << 20)).expect("room");
+        assert!(!group.event_open() && !group.volume(VolumeIndex(3)).expect("replaced").joined());
     }
 
     /// The mark of a volume that has not joined needs no event; that of one that has, in a ring without room for the event, closes.

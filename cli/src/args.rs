@@ -35,7 +35,7 @@ pub(crate) enum Command {
 
     /// Protect a block device or image file (agent).
     #[command(
-        after_help = "Example:\n  farshore protect /srv/db.img --group db --frontend nbd+unix:/run/farshore/db.sock\n  farshore protect /dev/sdb --group db --frontend ublk"
+        after_help = "Example:\n  farshore protect /srv/db.img --group db --frontend nbd+unix:/run/farshore/db.sock\n  farshore protect /dev/sdb --group db --frontend ublk\n  farshore protect /dev/vg0/data --group db --dm"
     )]
     Protect {
         /// Block device or image file.
@@ -50,6 +50,10 @@ pub(crate) enum Command {
         /// ublk:N (as /dev/ublkbN).
         #[arg(long)]
         frontend: Option<String>,
+        /// Put it below a device-mapper device (LVM, dm-crypt) while that is in use: users keep the device that they have. Of a
+        /// bare disk that nobody uses a device-mapper device is made, to be mounted from then on.
+        #[arg(long)]
+        dm: bool,
         #[command(flatten)]
         socket: AgentSocket,
     },

@@ -52,10 +52,10 @@ const GRACE: Duration = Duration::from_secs(5);
 #[expect(clippy::wildcard_enum_match_arm, reason = "main sends only the agent's commands here")]
 pub(crate) fn run(command: Command, output: &Output) -> Result<()> {
     match command {
-        Command::Protect { source, group, name, frontend, socket } => {
+        Command::Protect { source, group, name, frontend, dm, socket } => {
             let source = std::path::absolute(&source)
                 .map_err(|e| Failure::usage(source.display().to_string(), e.to_string()))?;
-            let body = json!({ "source": source, "group": group, "name": name, "frontend": frontend });
+            let body = json!({ "source": source, "group": group, "name": name, "frontend": frontend, "dm": dm });
             let volume = Daemon::agent(&socket.agent).post("/v1/protect", &body)?;
             output.show(&volume, |volume| cell(&volume["device"]));
         }

@@ -25,6 +25,7 @@ mod identity;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::error::{Error, IoContext, Kind, Result};
@@ -48,7 +49,10 @@ const SLOT: usize = SLOT_BYTES as usize;
 pub struct Base<S: Storage> {
     volume: VolumeIndex,
     name: Name,
-    size: u64,
+    /// Only grows, under `writer`.
+    size: AtomicU64,
+    /// Most that it can grow to, where it lies on a device.
+    room: Option<u64>,
     data: Arc<S::File>,
     data_path: PathBuf,
     on_device: bool,
@@ -152,7 +156,8 @@ impl<S: Storage> Base<S> {
         if !storage.exists(&hashes_path).at("look for", &hashes_path)? {
             crate::bases::check_blank(&device, path)?;
         }
-        Self::assemble(storage, folder, decl, (device.file, path.to_owned(), true), decl.size)
+        let base = Self::assemble(storage, folder, decl, (device.file, path.to_owned(), true), decl.size)?;
+        Ok(Self { room: Some(device.size), ..base })
     }
 
     fn assemble(
@@ -175,7 +180,8 @@ impl<S: Storage> Base<S> {
         Ok(Self {
             volume: decl.index,
             name: decl.name.clone(),
-            size,
+            size: AtomicU64::new(size),
+            room: None,
             data,
             data_path,
             on_device,
@@ -203,7 +209,7 @@ impl<S: Storage> Base<S> {
     /// Bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
     }
 
     /// A device holds the volume's bytes.
@@ -270,7 +276,7 @@ impl<S: Storage> Base<S> {
         let Some(entries) = decode_intent(&bytes, self.volume, CHUNK_SLOTS) else {
             return Ok(None);
         };
-        let slots = self.size.div_ceil(SLOT_BYTES);
+        let slots = self.size().div_ceil(SLOT_BYTES);
         let inside = |entry: &IntentEntry| {
             entry.first.get().checked_add(entry.count.get()).is_some_and(|end| end <= slots) && entry.count.get() > 0
         };
@@ -296,7 +302,7 @@ impl<S: Storage> Base<S> {
     }
 
     fn slot_len(&self, slot: u64) -> usize {
-        let left = self.size.saturating_sub(slot * SLOT_BYTES).min(SLOT_BYTES);
+        let left = self.size().saturating_sub(slot * SLOT_BYTES).min(SLOT_BYTES);
         usize::try_from(left).expect("at most a slot")
     }
 
@@ -337,11 +343,44 @@ impl<S: Storage> Base<S> {
     }
 
     fn check_range(&self, offset: u64, len: u64) -> Result<()> {
-        if offset.checked_add(len).is_some_and(|end| end <= self.size) {
+        if offset.checked_add(len).is_some_and(|end| end <= self.size()) {
             return Ok(());
         }
-        let text = format!("volume {} has {} bytes; {len} at {offset} reach beyond", self.name, self.size);
+        let text = format!("volume {} has {} bytes; {len} at {offset} reach beyond", self.name, self.size());
         Err(Error::new(Kind::Invalid, text))
+    }
+
+    /// Makes it at least `size` bytes long while it is in use; what is new reads as zeroes. A shorter size changes nothing: points of
+    /// before have the old one.
+    ///
+    /// # Durability
+    /// Durable when this returns.
+    ///
+    /// # Errors
+    /// [`Kind::Refused`] where it lies on a device that is smaller; otherwise from the disk.
+    pub(crate) fn grow(&self, size: u64) -> Result<()> {
+        if let Some(room) = self.room.filter(|room| *room < size) {
+            let text = format!(
+                "device {}: has {room} bytes, volume {} has grown to {size}: enlarge it and restart the target, or name another \
+                 one (`farshore base attach`)",
+                self.data_path.display(),
+                self.name
+            );
+            return Err(Error::new(Kind::Refused, text));
+        }
+        let mut writer = self.lock_to_write()?;
+        // The last slot may get longer: none of its old length waits.
+        self.commit(&mut writer)?;
+        if self.size() >= size {
+            return Ok(());
+        }
+        if !self.on_device {
+            grow(&*self.data, size).at("extend", &self.data_path)?;
+        }
+        grow(&*self.hashes, HASHES_AT + size.div_ceil(SLOT_BYTES) * HASH_BYTES as u64)
+            .at("extend", &self.hashes_path)?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
     }
 
     /// Reads `out.len()` bytes at `offset`, verified against the slots' hashes; what was written but not flushed included.
@@ -461,7 +500,7 @@ impl<S: Storage> Base<S> {
         let end = offset + len;
         // Whole slots, the volume's last short one included.
         let first = offset.div_ceil(SLOT_BYTES);
-        let last = if end == self.size { end.div_ceil(SLOT_BYTES) } else { end / SLOT_BYTES };
+        let last = if end == self.size() { end.div_ceil(SLOT_BYTES) } else { end / SLOT_BYTES };
         if first >= last {
             return self.write(offset, &vec![0; usize::try_from(len).expect("less than two slots")]);
         }
@@ -493,7 +532,7 @@ impl<S: Storage> Base<S> {
 
     /// Makes holes of slots, bytes and hashes.
     fn punch(&self, first: u64, count: u64) -> Result<()> {
-        let end = ((first + count) * SLOT_BYTES).min(self.size);
+        let end = ((first + count) * SLOT_BYTES).min(self.size());
         self.data.punch_hole(first * SLOT_BYTES, end - first * SLOT_BYTES).at("punch a hole into", &self.data_path)?;
         let len = count * HASH_BYTES as u64;
         self.hashes.punch_hole(Self::hash_at(first), len).at("punch a hole into", &self.hashes_path)
@@ -558,7 +597,7 @@ impl<S: Storage> Base<S> {
             pending.range(slot..).next().map(|(&slot, _)| (slot * SLOT_BYTES).max(offset))
         };
         let stored =
-            if offset < self.size { self.data.next_data(offset).at("seek in", &self.data_path)? } else { None };
+            if offset < self.size() { self.data.next_data(offset).at("seek in", &self.data_path)? } else { None };
         // A slot whose bytes were lost by the file system must be read to be noticed.
         let hashed = self.hashes.next_data(Self::hash_at(slot)).at("seek in", &self.hashes_path)?;
         let hashed = match hashed {
@@ -575,7 +614,7 @@ impl<S: Storage> Base<S> {
     /// The first slot from `slot` on, before the one of `stored`, that has a hash.
     fn next_hashed(&self, mut slot: u64, stored: Option<u64>) -> Result<Option<u64>> {
         const AT_ONCE: usize = 128;
-        let end = stored.unwrap_or(self.size).div_ceil(SLOT_BYTES).min(self.size.div_ceil(SLOT_BYTES));
+        let end = stored.unwrap_or(self.size()).div_ceil(SLOT_BYTES).min(self.size().div_ceil(SLOT_BYTES));
         let mut bytes = vec![0; AT_ONCE * HASH_BYTES];
         while slot < end {
             let count = usize::try_from(end - slot).unwrap_or(AT_ONCE).min(AT_ONCE);
@@ -612,7 +651,7 @@ impl<S: Storage> Base<S> {
     pub fn verify(&self) -> Result<Vec<BaseDamage>> {
         let mut found = Vec::new();
         if let Err(error) = check_hashes_header::<S>(&self.hashes, &self.hashes_path, self.volume) {
-            found.push(BaseDamage { volume: self.volume, range: 0..self.size, reason: error.context().to_owned() });
+            found.push(BaseDamage { volume: self.volume, range: 0..self.size(), reason: error.context().to_owned() });
         }
         let (mut at, mut bytes) = (0, vec![0; SLOT]);
         while let Some(next) = self.next_data(at)? {
@@ -629,7 +668,7 @@ impl<S: Storage> Base<S> {
                 Err(error) => report(error.context().to_owned()),
             }
             at = (slot + 1) * SLOT_BYTES;
-            if at >= self.size {
+            if at >= self.size() {
                 break;
             }
         }

@@ -28,6 +28,7 @@ use crate::compare;
 use crate::entries::{Placement, index_entries};
 use crate::error::{Error, Result};
 use crate::group::{ChunkPlace, Content, FrameStore, GroupHost, IndexEntry, SealedRun};
+use crate::growth;
 use crate::journal::{Append, Appended, Journal};
 use crate::points::StreamState;
 use crate::segment::{ALIGN, Form, REFERENCE_BYTES, Reference, VOLUMES_MAX};
@@ -184,7 +185,7 @@ impl<S: Storage> Ingest<S> {
             let detail = format!("the source is on generation {generation}, the group's main line is {ours}");
             return Err(Denied::Refuse(RefuseCode::Generation, detail));
         }
-        self.declare(volumes)?;
+        self.declare(volumes, Some(self.last_number()))?;
         let mut empty = Vec::new();
         for (volume, base) in self.stream.bases() {
             if !self.state.is_journaled(volume) && base.holds_nothing()? {
@@ -201,13 +202,19 @@ impl<S: Storage> Ingest<S> {
         Ok(Welcome { generation: ours, tail, empty, joined, event_open: self.state.event_open })
     }
 
-    /// The source names its volumes.
+    fn last_number(&self) -> BatchNo {
+        self.state.tail.map_or(BatchNo(0), |tail| tail.number)
+    }
+
+    /// The source names its volumes. One may have grown: points up to batch `upto` show its former size; `None`: not known yet, growth
+    /// is left to the batch that begins with it.
     ///
     /// # Errors
     /// [`Denied::Refuse`] when they contradict what is held.
-    pub fn declare(&mut self, volumes: &[VolumeDecl]) -> Result<(), Denied> {
-        let known = self.stream.record().volumes;
-        let mut fresh = Vec::new();
+    pub fn declare(&mut self, volumes: &[VolumeDecl], upto: Option<BatchNo>) -> Result<(), Denied> {
+        let record = self.stream.record();
+        let known = &record.volumes;
+        let (mut fresh, mut grown) = (Vec::new(), Vec::new());
         for decl in volumes {
             let refuse = |why: String| Err(Denied::Refuse(RefuseCode::Volume, format!("volume {}: {why}", decl.name)));
             let block = u64::from(decl.block);
@@ -217,6 +224,17 @@ impl<S: Storage> Ingest<S> {
             }
             if known.contains(decl) || fresh.contains(decl) {
                 continue;
+            }
+            let same =
+                |held: &&VolumeDecl| (held.index, &held.name, held.block) == (decl.index, &decl.name, decl.block);
+            if let Some(held) = known.iter().find(same) {
+                if decl.size > held.size {
+                    grown.push(decl.clone());
+                    continue;
+                }
+                if growth::was(&record, decl) {
+                    continue;
+                }
             }
             if let Some(held) =
                 known.iter().chain(&fresh).find(|held| held.index == decl.index || held.name == decl.name)
@@ -231,6 +249,9 @@ impl<S: Storage> Ingest<S> {
         if known.len() + fresh.len() > VOLUMES_MAX {
             let detail = format!("a group has at most {VOLUMES_MAX} volumes");
             return Err(Denied::Refuse(RefuseCode::Volume, detail));
+        }
+        if let Some(upto) = upto {
+            self.grow(grown, upto)?;
         }
         if fresh.is_empty() {
             return Ok(());
@@ -261,11 +282,31 @@ impl<S: Storage> Ingest<S> {
         Ok(())
     }
 
+    /// Bases first: a record never has more than its base.
+    fn grow(&mut self, grown: Vec<VolumeDecl>, upto: BatchNo) -> Result<(), Denied> {
+        for decl in &grown {
+            let base = self.stream.base(decl.index);
+            self.base_answers(decl, base.and_then(|base| base.grow(decl.size)))?;
+        }
+        if grown.is_empty() {
+            return Ok(());
+        }
+        self.stream.update(|record| grown.iter().for_each(|decl| growth::note(record, decl, upto)))?;
+        for decl in grown {
+            tracing::info!(stream = self.stream.id.subject(), volume = %decl.name, size = decl.size, "volume has grown");
+            self.sizes.insert(decl.index, decl.size);
+        }
+        Ok(())
+    }
+
     /// A base that cannot be had now (its device is in use, missing, another, too small) stops nothing: the source is refused
     /// and comes again, and finds it mended.
     fn add_base(&self, decl: &VolumeDecl) -> Result<(), Denied> {
+        self.base_answers(decl, self.stream.add_base(decl, false))
+    }
+
+    fn base_answers(&self, decl: &VolumeDecl, added: Result<()>) -> Result<(), Denied> {
         use crate::error::Kind;
-        let added = self.stream.add_base(decl, false);
         match &added {
             Ok(()) => self.stream.alarms.clear(AlarmCode::BaseFailed, &self.stream.id.subject()),
             Err(error) if matches!(error.kind(), Kind::Refused | Kind::NotFound) => {
@@ -356,7 +397,8 @@ impl<S: Storage> Ingest<S> {
         let key = keys.host_key(frames.header.key_epoch()).map_err(Denied::malformed)?;
         let list = batch::open_list(buf.bytes(), &frames, key).map_err(Denied::malformed)?;
         if !list.annotations.volumes.is_empty() {
-            self.declare(&list.annotations.volumes)?;
+            let number = frames.header.place().number;
+            self.declare(&list.annotations.volumes, Some(BatchNo(number.0.saturating_sub(1))))?;
         }
         self.check_ranges(&list.records)?;
         let references = self.resolve(&list.records)?;

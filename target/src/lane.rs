@@ -284,7 +284,7 @@ impl<S: Storage> Core<S> {
         let spoken = machine.handle_control(bytes, |_, _| unreachable!("a session greets once, before it is attached"));
         match spoken {
             Ok(Some(TargetEvent::Volumes(volumes))) => {
-                if let Err(denied) = self.ingest.declare(&volumes) {
+                if let Err(denied) = self.ingest.declare(&volumes, None) {
                     return self.deny(denied, Now(0), out);
                 }
             }

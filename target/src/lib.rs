@@ -16,6 +16,7 @@ pub mod damage;
 mod entries;
 mod error;
 pub mod group;
+mod growth;
 pub mod ingest;
 pub mod journal;
 pub mod keys;

@@ -10,6 +10,7 @@ use farshore_uring::Storage;
 use crate::catalog::{Hold, HostRecord};
 use crate::error::{Error, Kind, Result};
 use crate::group::GroupHost;
+use crate::growth;
 use crate::history::History;
 use crate::points::Point;
 use crate::restore::{FileOutput, Progress, restore};
@@ -143,8 +144,9 @@ fn folder<S: Storage>(stream: &GroupHost<S>, id: &Name, volume: VolumeIndex) -> 
 }
 
 fn find_volume<S: Storage>(stream: &GroupHost<S>, point: &Point, volume: VolumeIndex) -> Result<VolumeDecl> {
-    let decl = stream.record().volumes.into_iter().find(|decl| decl.index == volume);
-    let decl = decl.filter(|_| point.volumes.contains(&volume));
+    let record = stream.record();
+    let decl = record.volumes.iter().find(|decl| decl.index == volume && point.volumes.contains(&volume)).cloned();
+    let decl = decl.map(|decl| growth::as_of(&record, decl, point.id.batch));
     decl.ok_or_else(|| Error::new(Kind::NotFound, format!("point {} does not include volume {volume}", point.id)))
 }
 

@@ -4,6 +4,7 @@
 #![allow(clippy::print_stdout, reason = "tests say what they measured; `--nocapture` shows it")]
 
 mod agent;
+mod agent_dm;
 mod capture;
 mod child;
 mod dm;

@@ -53,8 +53,8 @@ pub struct Backing {
 /// Tells "the same device as before": compare for equality, keep as text.
 ///
 /// Of a file: device, inode, birth time (where the file system has one) and size. Of a block device: its WWID, serial
-/// number, device-mapper or RAID UUID (its major and minor number where it has none of these), a partition's number and start,
-/// and size.
+/// number, device-mapper UUID or name, or RAID UUID (its major and minor number where it has none of these), a partition's number
+/// and start, and size.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct BackingId(String);
 
@@ -63,6 +63,28 @@ impl BackingId {
     #[must_use]
     pub fn from_text(text: impl Into<String>) -> Self {
         Self(text.into())
+    }
+
+    /// Of a block device, without opening it: it may be in use, or wait for its server. And its size in bytes.
+    ///
+    /// # Errors
+    /// `InvalidInput`: it is no block device; else as the look at it fails.
+    pub fn of_block_device(path: &Path) -> io::Result<(Self, u64)> {
+        let status = std::fs::metadata(path)?;
+        if !status.file_type().is_block_device() {
+            return Err(invalid("is no block device"));
+        }
+        let folder = sys_folder(status.rdev()).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+        let sectors = read_attribute(&folder.join("size")).and_then(|text| text.parse::<u64>().ok());
+        let size = sectors.ok_or_else(|| invalid("its size is not shown in /sys"))? * u64::from(SECTOR);
+        Ok((block_id(status.rdev(), size), size))
+    }
+
+    /// Whether both are of one device, which may have grown or shrunk.
+    #[must_use]
+    pub fn is_same_but_for_size(&self, other: &Self) -> bool {
+        let without = |id: &str| id.rsplit_once(" size=").map(|(device, _)| device.to_owned());
+        without(&self.0).is_some_and(|device| without(&other.0) == Some(device))
     }
 
     /// One line, no control characters.
@@ -140,7 +162,8 @@ fn open_unnamed(path: &Path, options: BackingOptions) -> io::Result<Backing> {
         read_only,
         discard: !read_only && limits.discard,
     };
-    let id = if is_block_device { block_id(&file, limits.size)? } else { file_id(&file, limits.size)? };
+    let id =
+        if is_block_device { block_id(file.metadata()?.rdev(), limits.size) } else { file_id(&file, limits.size)? };
     Ok(Backing { file: Arc::new(file), geometry, direct: logical_direct.is_some(), is_block_device, id })
 }
 
@@ -297,8 +320,7 @@ fn block_limits(file: &File) -> io::Result<Limits> {
 }
 
 /// The device's folder below `/sys`; of a partition its own.
-fn sys_folder(file: &File) -> Option<PathBuf> {
-    let number = file.metadata().ok()?.rdev();
+fn sys_folder(number: u64) -> Option<PathBuf> {
     let (major, minor) = (libc::major(number), libc::minor(number));
     std::fs::canonicalize(format!("/sys/dev/block/{major}:{minor}")).ok()
 }
@@ -310,18 +332,17 @@ fn read_attribute(path: &Path) -> Option<String> {
 }
 
 fn queue_attribute(file: &File, name: &str) -> Option<String> {
-    let folder = sys_folder(file)?;
+    let folder = sys_folder(file.metadata().ok()?.rdev())?;
     let disk = if folder.join("partition").exists() { folder.parent()?.to_owned() } else { folder };
     read_attribute(&disk.join("queue").join(name))
 }
 
-fn block_id(file: &File, size: u64) -> io::Result<BackingId> {
-    let number = file.metadata()?.rdev();
+fn block_id(number: u64, size: u64) -> BackingId {
     let numbers = format!("numbers={}:{}", libc::major(number), libc::minor(number));
-    Ok(match sys_folder(file) {
+    match sys_folder(number) {
         Some(folder) => described_id(&folder, numbers, size),
         None => BackingId(format!("block {numbers} size={size}")),
-    })
+    }
 }
 
 /// From the device's folder below `/sys`.
@@ -333,6 +354,7 @@ fn described_id(folder: &Path, numbers: String, size: u64) -> BackingId {
     };
     let sources = [
         ("uuid", "dm/uuid"),
+        ("name", "dm/name"),
         ("uuid", "md/uuid"),
         ("wwid", "wwid"),
         ("wwid", "device/wwid"),
@@ -385,6 +407,17 @@ fn seek(file: BorrowedFd<'_>, offset: u64, whence: nix::unistd::Whence) -> io::R
 mod tests {
     use super::*;
 
+    #[test]
+    fn a_device_that_grew_is_the_same() {
+        let id = BackingId::from_text;
+        let old = id("block uuid=LVM-abc size=512");
+        assert!(old.is_same_but_for_size(&id("block uuid=LVM-abc size=1024")));
+        assert!(!old.is_same_but_for_size(&id("block uuid=LVM-abd size=512")));
+        assert!(!id("odd").is_same_but_for_size(&id("odd")), "without a size it is none of ours");
+        let error = BackingId::of_block_device(Path::new("/dev/null")).expect_err("a character device");
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+    }
+
     /// Goal: RAID arrays are told apart, and partitions of one number and size by where they begin.
     #[test]
     fn an_identity_names_array_and_partition() {
@@ -399,6 +432,12 @@ mod tests {
         assert_eq!(id("md0"), "block numbers=9:0 size=512");
         write("md0/md/uuid", "5a8f0d2c-0000-0000-0000-000000000001\n");
         assert_eq!(id("md0"), "block uuid=5a8f0d2c-0000-0000-0000-000000000001 size=512");
+        // Numbers of the device mapper are given anew at each boot.
+        write("dm-0/dm/uuid", "\n");
+        write("dm-0/dm/name", "data\n");
+        assert_eq!(id("dm-0"), "block name=data size=512");
+        write("dm-0/dm/uuid", "LVM-abc\n");
+        assert_eq!(id("dm-0"), "block uuid=LVM-abc size=512");
         write("vda/vda1/partition", "1\n");
         write("vda/vda1/start", "2048\n");
         assert_eq!(id("vda/vda1"), "block numbers=9:0 partition=1 start=2048 size=512");

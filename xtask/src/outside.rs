@@ -52,6 +52,7 @@ program!(LVM, "lvm", "lvm2");
 program!(UDEVADM, "udevadm", "udev");
 program!(SYSTEMD_ANALYZE, "systemd-analyze", "systemd");
 program!(MKFS_BTRFS, "mkfs.btrfs", "btrfs-progs");
+program!(FSFREEZE, "fsfreeze", "util-linux");
 program!(DRBDADM, "drbdadm", "drbd-utils");
 
 impl Program {

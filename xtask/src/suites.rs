@@ -84,6 +84,7 @@ pub(crate) static SUITES: [Suite; 15] = [
             outside::BLKDISCARD,
             outside::DMSETUP,
             outside::LVM,
+            outside::FSFREEZE,
             outside::DRBDADM,
             outside::UDEVADM,
             outside::SYSTEMD_ANALYZE,

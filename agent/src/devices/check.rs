@@ -26,7 +26,6 @@ pub(crate) enum Access {
     /// Opened for ourselves alone: nobody else may use it.
     Exclusive,
     /// Interposed while it is in use: it may be mounted, and other devices may stand on it.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the agent does not interpose yet"))]
     Live,
 }
 

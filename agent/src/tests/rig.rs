@@ -49,6 +49,8 @@ pub(super) fn volume(index: u16, joined: bool) -> VolumeState {
         frontend: format!("nbd+unix:/nowhere/{index}.sock"),
         joined,
         ublk: None,
+        mapped: None,
+        evidence: None,
     }
 }
 
@@ -143,6 +145,7 @@ pub(super) fn protect_at(
         group: group.into(),
         name: Some(volume.into()),
         frontend: frontend.map(str::to_owned),
+        dm: false,
     })
 }
 

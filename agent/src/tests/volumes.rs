@@ -1,6 +1,7 @@
 //! Protecting volumes: what is refused, and what a failure leaves behind.
 
 use super::rig::{NO_DRAIN, Rig, protect, protect_at};
+use crate::api::ProtectRequest;
 
 const MIB: u64 = 1 << 20;
 
@@ -57,5 +58,29 @@ fn default_sockets_do_not_collide() {
     let first = protect(&agent, &rig.image("a.img", MIB), "a-b", "c").expect("protected");
     let second = protect(&agent, &rig.image("b.img", MIB), "a", "b-c").expect("protected");
     assert_ne!(first["frontend"], second["frontend"]);
+    agent.stop_within(NO_DRAIN).expect("stops");
+}
+
+/// Goal: the device mapper is refused where it makes no sense or is not there, with the reason, before anything is made. Method: a
+/// front end that does not go with it, and an image file on whatever this host is.
+#[test]
+fn the_device_mapper_is_refused_before_anything_is_made() {
+    let rig = Rig::new();
+    let agent = rig.start().expect("starts");
+    let request = |frontend: Option<&str>| ProtectRequest {
+        source: rig.image("a.img", MIB),
+        group: "g".into(),
+        name: None,
+        frontend: frontend.map(str::to_owned),
+        dm: true,
+    };
+    for frontend in ["nbd+tcp:127.0.0.1:0", "ublk:3"] {
+        let error = agent.protect(&request(Some(frontend))).expect_err(frontend);
+        assert!(error.exit_code() == 2 && error.to_string().contains("--dm"), "{error}");
+    }
+    let error = agent.protect(&request(None)).expect_err("an image file");
+    assert!(matches!(error.exit_code(), 1 | 4) && !error.to_string().is_empty(), "{error}");
+    assert!(rig.rings().is_empty() && agent.alarms().is_empty());
+    assert_eq!(agent.volumes().expect("runs"), serde_json::json!([]));
     agent.stop_within(NO_DRAIN).expect("stops");
 }

@@ -84,7 +84,7 @@ impl<S: Storage> Base<S> {
         let base = Self::assemble_on_device(storage, folder, decl, device, path)?;
         let intent = base.read_intent()?.unwrap_or_default();
         let mut bytes = vec![0; SLOT];
-        for slot in 0..base.size.div_ceil(SLOT_BYTES) {
+        for slot in 0..base.size().div_ceil(SLOT_BYTES) {
             let bytes = &mut bytes[..base.slot_len(slot)];
             let at = slot * SLOT_BYTES;
             let stored = base.read_hash(slot)?;
@@ -160,7 +160,7 @@ impl<S: Storage> Base<S> {
 
     /// Slots whose bytes must have their stored hash: spread over the volume, and of a volume with little on it the first ones.
     fn sample(&self, intent: &[IntentEntry]) -> Result<BTreeSet<u64>> {
-        let (slots, count) = (self.size.div_ceil(SLOT_BYTES), SAMPLES as u64);
+        let (slots, count) = (self.size().div_ceil(SLOT_BYTES), SAMPLES as u64);
         let mut found = BTreeSet::new();
         for part in 0..count {
             found.extend(self.next_settled(intent, slots * part / count, slots * (part + 1) / count)?);

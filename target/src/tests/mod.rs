@@ -2,6 +2,7 @@
 
 mod crash;
 mod damage;
+mod growth;
 mod history;
 mod link;
 mod protocol;

@@ -62,6 +62,8 @@ pub(crate) struct Source {
     pub(crate) key: HostKey,
     pub(crate) session: SourceSession,
     pub(crate) volumes: Vec<VolumeDecl>,
+    /// The next batch says the volumes.
+    unsaid: bool,
     pub(crate) incarnation: Incarnation,
     pub(crate) sent: Vec<Sent>,
     pub(crate) acked: BatchNo,
@@ -102,6 +104,7 @@ impl Source {
             key,
             session: SourceSession::new(config),
             volumes: (0..volumes).map(decl).collect(),
+            unsaid: true,
             incarnation: Incarnation(1),
             sent: Vec::new(),
             acked: BatchNo(0),
@@ -241,7 +244,7 @@ impl Source {
             host_key: &self.key,
             raw_bytes: 1,
         };
-        let volumes = if number == BatchNo(1) { self.volumes.clone() } else { Vec::new() };
+        let volumes = if std::mem::take(&mut self.unsaid) { self.volumes.clone() } else { Vec::new() };
         let annotations = Annotations { bookmark: bookmark.map(name), volumes };
         let mut bytes = Vec::new();
         let count = u32::try_from(frames.len()).expect("small");
@@ -259,6 +262,13 @@ impl Source {
         };
         self.sent.push(sent.clone());
         sent
+    }
+
+    /// A volume has another size from the next batch on.
+    pub(crate) fn resize(&mut self, volume: u16, bytes: u64) {
+        self.volumes[usize::from(volume)].size = bytes;
+        self.content.get_mut(&volume).expect("declared").resize(usize::try_from(bytes).expect("small"), 0);
+        self.unsaid = true;
     }
 
     /// Begins a new incarnation, behind the target's tail.

@@ -164,3 +164,47 @@ fn volumes_leave_and_join() {
         },
     );
 }
+
+/// Goal: an image that was written while the agent was stopped is compared, says so, and comes to the second site; one that was not is
+/// not. Earlier points keep what they showed. Method: stop, change or not, start; a second volume beside it is never compared.
+#[test]
+fn what_is_written_behind_our_back_is_compared() {
+    Rig::test(
+        |_| {},
+        |rig| {
+            let (image, _, model) = rig.protect(8 * MIB, 1)?;
+            let second = rig.dir().join("second.img");
+            let second_model = pattern::image(&second, 8 * MIB, 2)?;
+            rig.sites.protect(&second, GROUP, "second")?;
+            rig.wait()?;
+            rig.bookmark("before")?;
+            let compared = |rig: &Rig| {
+                let logs = rig.sites.logs();
+                logs.into_iter().filter(|line| line.contains("the volume is compared")).collect::<Vec<_>>()
+            };
+
+            rig.sites.stop_agent()?;
+            rig.sites.start_agent()?;
+            ensure!(compared(rig).is_empty(), "nothing was written: {:?}", compared(rig));
+            ensure!(rig.status()?["missing_bytes"] == 0, "{}", rig.status()?);
+            rig.wait()?;
+
+            rig.sites.stop_agent()?;
+            device::patch(&image, 5 * MIB, &pattern::bytes(77, 4096))?;
+            rig.sites.start_agent()?;
+            let lines = compared(rig);
+            ensure!(lines.len() == 1 && lines[0].contains(VOLUME) && lines[0].contains("changed"), "{lines:?}");
+            rig.wait()?;
+            ensure!(rig.agent_alarm("volume.bypassed")?.is_none(), "it is compared by now");
+            rig.check_point("latest", &device::read_file(&image)?)?;
+            device::same("the second volume", &rig.read_point("latest", "second")?, &second_model)?;
+            rig.check_point("bookmark:before", &model)?;
+
+            // The compare is over for good.
+            rig.sites.stop_agent()?;
+            rig.sites.start_agent()?;
+            ensure!(compared(rig).is_empty(), "nothing was written: {:?}", compared(rig));
+            Ok(())
+        },
+    );
+}

@@ -92,7 +92,7 @@ pub(crate) fn no_strays() -> Result<()> {
 }
 
 /// Writes and syncs small blocks of a file, one after the other, and notes the longest time that one took.
-struct Writer {
+pub(crate) struct Writer {
     stop: Arc<AtomicBool>,
     longest_us: Arc<AtomicU64>,
     blocks: Arc<AtomicU64>,
@@ -100,7 +100,7 @@ struct Writer {
 }
 
 impl Writer {
-    fn start(file: &Path) -> Result<Self> {
+    pub(crate) fn start(file: &Path) -> Result<Self> {
         let (stop, longest_us, blocks) =
             (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
         let file = File::options().create(true).truncate(false).write(true).custom_flags(libc::O_DIRECT).open(file)?;
@@ -127,12 +127,12 @@ impl Writer {
     }
 
     /// The longest time since the last call.
-    fn longest(&self) -> Duration {
+    pub(crate) fn longest(&self) -> Duration {
         Duration::from_micros(self.longest_us.swap(0, Ordering::Relaxed))
     }
 
     /// Returns when `count` more blocks are written.
-    fn more(&self, count: u64) -> Result<()> {
+    pub(crate) fn more(&self, count: u64) -> Result<()> {
         let start = self.blocks.load(Ordering::Relaxed);
         crate::rig::until("the writer goes on", || {
             self.thread.is_finished() || self.blocks.load(Ordering::Relaxed) >= start + count
@@ -141,7 +141,7 @@ impl Writer {
         Ok(())
     }
 
-    fn finish(self) -> Result<()> {
+    pub(crate) fn finish(self) -> Result<()> {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().expect("the writer returns its errors").context("the writer saw an error")
     }

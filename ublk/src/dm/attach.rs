@@ -156,6 +156,15 @@ impl Interposer {
         attached
     }
 
+    /// Whether [`Self::attach`] would take `upper`. Looks only.
+    ///
+    /// # Errors
+    /// As [`Self::attach`].
+    pub fn check(&self, upper: &Path) -> Result<(), Error> {
+        let _turn = self.turn()?;
+        self.candidate(upper).map(drop)
+    }
+
     /// Takes our device out of `attached`, in use or not; `serve` ends it.
     ///
     /// # Errors
@@ -281,7 +290,7 @@ impl Interposer {
         while let Some(&device) = found.get(at) {
             at += 1;
             let mut below = node::slaves(device);
-            if device.sysfs().join("dm").exists() {
+            if device.is_mapped() {
                 let named = |error| Error::system(format!("ask on what {device} stands"), error);
                 below.extend(self.mapper.dependencies(device).map_err(named)?);
             }
@@ -293,6 +302,15 @@ impl Interposer {
             }
         }
         Ok(found)
+    }
+
+    /// By how many mounts, devices above and processes `device` is open.
+    ///
+    /// # Errors
+    /// `System`.
+    pub fn users(&self, device: DevNo) -> Result<u32, Error> {
+        let status = self.mapper.status(device).map_err(|error| Error::system(format!("describe {device}"), error))?;
+        Ok(status.users)
     }
 
     /// Holds back all requests to a device-mapper device, and waits for those under way; until [`Self::release`]. With `freeze` a
@@ -318,7 +336,7 @@ impl Interposer {
         let device = DevNo::of(path)?;
         let name = path.display();
         let refused = |kind, reason: String| Err(Error::new(kind, format!("cannot attach {name}: {reason}")));
-        if !device.sysfs().join("dm").exists() {
+        if !device.is_mapped() {
             let reason = "it is no device-mapper device; make a linear stub over it once, and mount that instead";
             return refused(ErrorKind::Invalid, reason.to_owned());
         }

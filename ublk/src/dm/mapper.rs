@@ -35,13 +35,15 @@ pub(super) struct Status {
     pub(super) name: String,
     /// Empty: it has none.
     pub(super) uuid: String,
+    /// By how many it is open: mounts, devices above, processes.
+    pub(super) users: u32,
     flags: u32,
 }
 
 impl Status {
     #[cfg(test)]
     pub(super) fn for_test(device: DevNo, name: &str, uuid: &str) -> Self {
-        Self { device, name: name.to_owned(), uuid: uuid.to_owned(), flags: 0 }
+        Self { device, name: name.to_owned(), uuid: uuid.to_owned(), users: 0, flags: 0 }
     }
 
     pub(super) fn is_suspended(&self) -> bool {
@@ -78,6 +80,7 @@ impl Answer {
             device: DevNo::from_kernel(self.header.dev),
             name: text(&self.header.name)?.to_owned(),
             uuid: text(&self.header.uuid)?.to_owned(),
+            users: u32::try_from(self.header.open_count).unwrap_or(0),
             flags: self.header.flags,
         })
     }

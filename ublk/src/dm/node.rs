@@ -53,6 +53,18 @@ impl DevNo {
         PathBuf::from(format!("/sys/dev/block/{self}"))
     }
 
+    /// Its node, as the kernel's devtmpfs makes it; `None`: it is gone.
+    #[must_use]
+    pub fn node(self) -> Option<PathBuf> {
+        Some(Path::new("/dev").join(self.kernel_name()?))
+    }
+
+    /// Whether it is a device of the device mapper.
+    #[must_use]
+    pub fn is_mapped(self) -> bool {
+        self.sysfs().join("dm").exists()
+    }
+
     pub(super) fn exists(self) -> bool {
         self.sysfs().exists()
     }
@@ -63,12 +75,14 @@ impl DevNo {
     }
 
     /// Its length; `None`: it is gone.
-    pub(super) fn sectors(self) -> Option<u64> {
+    #[must_use]
+    pub fn sectors(self) -> Option<u64> {
         self.attribute("size")
     }
 
     /// Bytes of its logical blocks. Of a partition: the disk's.
-    pub(super) fn logical_block(self) -> Option<u64> {
+    #[must_use]
+    pub fn logical_block(self) -> Option<u64> {
         self.attribute("queue/logical_block_size").or_else(|| self.attribute("../queue/logical_block_size"))
     }
 
@@ -79,7 +93,8 @@ impl DevNo {
     }
 
     /// The number of the ublk device, if it is one.
-    pub(super) fn ublk_id(self) -> Option<u32> {
+    #[must_use]
+    pub fn ublk_id(self) -> Option<u32> {
         self.kernel_name()?.strip_prefix("ublkb")?.parse().ok()
     }
 }

@@ -44,7 +44,7 @@ impl Interposer {
         check_name(name)?;
         let below = DevNo::of(disk)?;
         let shown = disk.display();
-        if below.sysfs().join("dm").exists() {
+        if below.is_mapped() {
             let what = format!("{shown} is a device-mapper device already: attach to it, it needs no stub");
             return Err(Error::new(ErrorKind::Invalid, what));
         }

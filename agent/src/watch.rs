@@ -1,0 +1,57 @@
+//! Looks every second whether volumes behind the device mapper are still in the path of their users' requests: other tools
+//! (`lvextend`, `lvchange`) change tables, and nothing tells.
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use farshore_proto::Name;
+
+use crate::group::Group;
+use crate::{Error, Result};
+
+/// Writes of this long may go past us unseen until the compare begins. A look costs a volume one command of the device mapper.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// The thread. Ends when dropped.
+pub(crate) struct Watch {
+    stop: Option<SyncSender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watch {
+    /// Watches `groups`, but not while somebody holds `changes`. `report` is told when a device has come or gone.
+    pub(crate) fn start(
+        groups: Arc<RwLock<BTreeMap<Name, Arc<Group>>>>,
+        changes: Arc<Mutex<()>>,
+        report: impl Fn(&[Arc<Group>]) + Send + 'static,
+    ) -> Result<Self> {
+        let (stop, stopped) = sync_channel(0);
+        let thread = std::thread::Builder::new().name("farshore-watch".into()).spawn(move || {
+            while stopped.recv_timeout(PERIOD) == Err(RecvTimeoutError::Timeout) {
+                // Whoever holds it looks himself, or makes what is to be looked at later.
+                let Ok(_changes) = changes.try_lock() else { continue };
+                let all: Vec<_> = groups.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+                let changed = all.iter().filter(|group| group.watch_mapped()).count();
+                if changed > 0 {
+                    report(&all);
+                }
+            }
+        });
+        let thread = thread.map_err(|error| Error::failed("watch thread", error))?;
+        Ok(Self { stop: Some(stop), thread: Some(thread) })
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the watch thread panicked: nobody noticed growth and other tools' tables");
+        }
+    }
+}
