@@ -17,7 +17,7 @@
 //! 4. Nothing here needs a disk: the worker's program, the roster and the marks are in memory.
 //! 5. The supervisor's own death changes nothing for guests: the worker goes on, and the next supervisor takes it for its own.
 //!
-//! Decisions are in [`machine`], which performs no I/O; the loop here feeds it and does what it orders.
+//! Decisions are in `machine.rs`, which performs no I/O; the loop here feeds it and does what it orders.
 
 mod admin;
 mod bypass;
