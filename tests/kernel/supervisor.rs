@@ -198,10 +198,12 @@ impl Hog {
     fn start() -> Result<Self> {
         let folder = tempfile::tempdir().context("make a folder")?;
         let path = folder.path().display();
-        run(&format!("mount -t tmpfs -o size=3600m hog {path}"))?;
-        run(&format!("dd if=/dev/zero of={path}/hog bs=1M count=3400"))?;
-        let again =
-            format!("while dd if=/dev/zero of={path}/hog bs=1M count=3400 conv=notrunc 2>/dev/null; do :; done");
+        // So much more than there is that the host has to swap, and so little that the swap takes it.
+        let megabytes = (memory("MemAvailable:")? >> 10) + 300;
+        run(&format!("mount -t tmpfs -o size=100% hog {path}"))?;
+        let write = format!("dd if=/dev/zero of={path}/hog bs=1M count={megabytes} conv=notrunc");
+        run(&write)?;
+        let again = format!("while {write} 2>/dev/null; do :; done");
         let writer = std::process::Command::new("sh").args(["-c", &again]).spawn().context("start the hog")?;
         Ok(Self { writer, folder })
     }
@@ -218,12 +220,14 @@ impl Drop for Hog {
 
 /// KiB.
 fn used_swap() -> Result<u64> {
+    Ok(memory("SwapTotal:")? - memory("SwapFree:")?)
+}
+
+/// A value of /proc/meminfo, KiB.
+fn memory(name: &str) -> Result<u64> {
     let text = std::fs::read_to_string("/proc/meminfo")?;
-    let value = |name: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name)).context("a line of /proc/meminfo")?;
-        line.trim().trim_end_matches(" kB").parse::<u64>().context("a number")
-    };
-    Ok(value("SwapTotal:")? - value("SwapFree:")?)
+    let line = text.lines().find_map(|line| line.strip_prefix(name)).context("a line of /proc/meminfo")?;
+    line.trim().trim_end_matches(" kB").parse().context("a number")
 }
 
 /// Goal: the supervisor's death changes nothing; the next one takes the worker for its own, and follows it.

@@ -178,6 +178,10 @@ impl Volume {
         if volume.source.starts_with("/dev") {
             nodes.insert(volume.source.display().to_string());
         }
+        if let Some(mapped) = &volume.mapped {
+            // What is mounted; of a bare disk that is a stub and not the source.
+            nodes.insert(mapped.upper.display().to_string());
+        }
         if let Some(disk) = &volume.ublk {
             nodes.insert(format!("/dev/ublkb{}", disk.id));
         }
