@@ -235,6 +235,7 @@ impl Agent {
             let name = group.shared.name.clone();
             let protected = move |volume: VolumeState| Protected {
                 label: format!("{name}/{}", volume.name),
+                upper: volume.mapped.map(|mapped| mapped.upper),
                 source: volume.source,
                 ublk: volume.ublk.filter(|disk| disk.sequence.is_some()).map(|disk| disk.id),
             };

@@ -9,4 +9,5 @@ mod clients;
 mod faults;
 mod order;
 mod service;
+mod supervisor;
 mod support;

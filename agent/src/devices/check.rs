@@ -165,7 +165,7 @@ impl Host {
         let Some(thing) = Thing::of(source, &self.places) else { return Ok(()) };
         let refuse = Refuse { source };
         self.check_there(source, &thing)?;
-        self.check_volumes(&refuse, &thing)?;
+        self.check_volumes(&refuse, &thing, access)?;
         self.check_own(&refuse, &thing, own)?;
         self.check_swap(&refuse, &thing)?;
         self.check_itself(&refuse, &thing, source)?;
@@ -200,17 +200,22 @@ impl Host {
         }
     }
 
-    fn check_volumes(&self, refuse: &Refuse<'_>, thing: &Thing) -> Result<()> {
+    fn check_volumes(&self, refuse: &Refuse<'_>, thing: &Thing, access: Access) -> Result<()> {
         let below = thing.below(&self.graph);
         for (volume, protected) in &self.protected {
             let (label, shown) = (&volume.label, volume.source.display());
-            if thing.is_same(protected) {
+            let upper = volume.upper.as_deref().and_then(|upper| Thing::of(upper, &self.places));
+            if thing.is_same(protected) || upper.is_some_and(|upper| thing.is_same(&upper)) {
                 let hint = "`farshore volumes` shows its device; `farshore unprotect` ends that";
                 return refuse.because(format!("is protected already as {label}"), hint);
             }
             if volume.ublk.and_then(ublk_number).is_some_and(|device| thing.is(device)) {
                 let hint = "protect devices that guests do not reach through Farshore";
                 return refuse.because(format!("is the device of {label} itself, which stands on {shown}"), hint);
+            }
+            if access == Access::Live && volume.upper.is_some() {
+                // Storeys of one stack, each interposed: every write passes both, in order.
+                continue;
             }
             let hint = "one of them is enough: `farshore unprotect` the other, or leave this one";
             if protected.is_in(&below) {
@@ -389,10 +394,10 @@ mod tests {
         sysfs.device("dm-2", "253:2", &["259:7"]);
         let mut host = host(&sysfs);
         host.graph.add((259, 7), (253, 0));
-        let volume = Protected { label: "g/v".into(), source: "/dev/vg/a".into(), ublk: None };
+        let volume = Protected { label: "g/v".into(), source: "/dev/vg/a".into(), upper: None, ublk: None };
         host.protected.push((volume, Thing::Block((253, 0))));
         let refuse = Refuse { source: Path::new("/dev/x") };
-        let check = |device| host.check_volumes(&refuse, &Thing::Block(device));
+        let check = |device| host.check_volumes(&refuse, &Thing::Block(device), Access::Exclusive);
         refused(check((253, 0)), "is protected already as g/v");
         for above in [(259, 7), (253, 2)] {
             refused(check(above), "stands on /dev/vg/a, which is protected as g/v");

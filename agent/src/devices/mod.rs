@@ -41,6 +41,8 @@ pub(crate) struct Protected {
     pub label: String,
     /// Its source.
     pub source: PathBuf,
+    /// What its users have open, where it is interposed: the source, or the stub over it.
+    pub upper: Option<PathBuf>,
     /// The N of its `/dev/ublkbN`, if it is served by one.
     pub ublk: Option<u32>,
 }

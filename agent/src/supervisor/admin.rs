@@ -89,7 +89,8 @@ pub fn supervisor_socket(admin: &Path) -> PathBuf {
     admin.with_file_name(name)
 }
 
-/// Answers on `own` always, on the agent's socket while `on` names it; passes SIGTERM and SIGINT on. Runs until the process ends.
+/// Answers on `own` always, on the agent's socket while `on` names it; passes SIGTERM, SIGINT and SIGHUP on, and says
+/// when it does. Runs until the process ends.
 ///
 /// # Errors
 /// When the sockets or the signals cannot be used.
@@ -97,20 +98,23 @@ pub(crate) fn serve(
     board: &Arc<Board>,
     own: UnixListener,
     mut on: watch::Receiver<Option<Arc<UnixListener>>>,
+    listening: &SyncSender<()>,
 ) -> std::io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         own.set_nonblocking(true)?;
         let own = tokio::net::UnixListener::from_std(own)?;
         tokio::spawn(axum::serve(own, router(Arc::clone(board))).into_future());
-        for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
+        for kind in [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()] {
             let (mut signals, board) = (signal(kind)?, Arc::clone(board));
             tokio::spawn(async move {
                 while signals.recv().await.is_some() {
-                    board.tell(Event::Stop);
+                    board.tell(if kind == SignalKind::hangup() { Event::Reload } else { Event::Stop });
                 }
             });
         }
+        // The loop waits for it, if it is still there.
+        let _ = listening.send(());
         loop {
             let Ok(agents) = on.wait_for(Option::is_some).await.map(|on| on.clone()) else { return Ok(()) };
             let Some(agents) = agents else { continue };

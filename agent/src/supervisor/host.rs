@@ -48,9 +48,25 @@ pub fn settle_worker() {
 ///
 /// A process that serves a block device and is the last one of a namespace in which that device is mounted hangs in its own end: the
 /// kernel unmounts, and waits for the server. [`detach_own`] keeps such mounts out.
-fn own_mounts() -> nix::Result<()> {
+///
+/// Only where the host shares its mounts, as systemd makes it: else nothing that is mounted later would be seen here, and a source in it
+/// not be found.
+fn own_mounts() -> std::io::Result<()> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+    if !mounts.lines().any(is_shared_root) {
+        let what = "the host's root is not a shared mount (`mount --make-rshared /`)";
+        return Err(std::io::Error::new(std::io::ErrorKind::Unsupported, what));
+    }
     unshare(CloneFlags::CLONE_NEWNS)?;
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>)
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>)?;
+    Ok(())
+}
+
+/// A line of proc_pid_mountinfo(5): the root, with the tag of mounts whose changes others see (or that see those of others).
+fn is_shared_root(line: &str) -> bool {
+    let is_root = line.split(' ').nth(4) == Some("/");
+    let tags = line.split(' ').skip(6).take_while(|tag| *tag != "-");
+    is_root && tags.into_iter().any(|tag| tag.starts_with("shared:") || tag.starts_with("master:"))
 }
 
 /// Whether this process has mounts of its own.
@@ -139,6 +155,14 @@ mod tests {
         assert_eq!(mount_point(&line("259:3", "/srv\\"), &numbers), Some("/srv\\".to_owned()));
         assert_eq!(mount_point(&line("259:33", "/srv"), &numbers), None);
         assert_eq!(mount_point("", &numbers), None);
+    }
+
+    #[test]
+    fn a_root_that_is_shared_is_told_from_a_private_one() {
+        assert!(is_shared_root("22 1 8:1 / / rw,noatime shared:1 - ext4 /dev/sda1 rw"));
+        assert!(is_shared_root("22 1 8:1 / / rw master:1 - ext4 /dev/sda1 rw"));
+        assert!(!is_shared_root("22 1 8:1 / / rw - ext4 /dev/sda1 rw,shared:1"));
+        assert!(!is_shared_root("23 22 0:5 / /proc rw shared:2 - proc proc rw"));
     }
 
     #[test]

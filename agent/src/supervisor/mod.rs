@@ -43,7 +43,7 @@ use farshore_proto::text::show_time;
 use farshore_proto::{Name, Now};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Pid, execve};
 use serde_json::{Value, json};
@@ -97,6 +97,8 @@ pub enum Notice {
 pub(crate) enum Event {
     Ended(i32, End),
     Asked(Request),
+    /// Read the configuration again.
+    Reload,
     Stop,
 }
 
@@ -168,14 +170,21 @@ pub fn run(config: &AgentConfig, host: &Name, command: WorkerCommand, notify: &d
     let board = Board::new(events.clone());
     let (answer_on, on) = tokio_watch::channel(None);
     let of_thread = Arc::clone(&board);
+    let (listening, listens) = sync_channel(1);
     std::thread::Builder::new()
         .name("supervisor-admin".into())
         .spawn(move || {
-            if let Err(error) = admin::serve(&of_thread, own, on) {
+            if let Err(error) = admin::serve(&of_thread, own, on, &listening) {
                 tracing::error!(%error, "the supervisor does not answer on its sockets");
             }
         })
         .map_err(|error| Error::failed("supervisor", error))?;
+    // An end without a message is told in the log.
+    let _ = listens.recv();
+    // Where this program has taken another's place: signals of the time between have waited.
+    if let Err(error) = signals().thread_unblock() {
+        tracing::warn!(%error, "signals stay blocked");
+    }
     let now = clock::now();
     let mut supervisor = Supervisor {
         config,
@@ -210,6 +219,11 @@ pub fn run(config: &AgentConfig, host: &Name, command: WorkerCommand, notify: &d
         let _ = std::fs::remove_file(socket);
     }
     code
+}
+
+/// Signals that order something. The program that another becomes would end by them until it listens.
+fn signals() -> SigSet {
+    SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP])
 }
 
 /// One supervisor for a host's rings.
@@ -281,6 +295,15 @@ impl Supervisor<'_> {
                 tracing::info!("stopping in order");
                 (self.notify)(Notice::Stopping);
                 self.machine.handle_stop();
+            }
+            Event::Reload => {
+                tracing::info!("SIGHUP: a worker with the configuration as it is now takes over");
+                // Nobody waits for the answer; a configuration that is refused is in the log.
+                let (reply, mut answer) = oneshot::channel();
+                self.upgrade(now, Path::new("/proc/self/exe"), reply);
+                if let Ok(Err(error)) = answer.try_recv() {
+                    tracing::error!(error = crate::error::chain(&error), "the old configuration goes on");
+                }
             }
             Event::Asked(Request::LetGo(reply)) => {
                 if self.bypass.let_go() {
@@ -569,7 +592,10 @@ impl Supervisor<'_> {
             return;
         };
         tracing::info!("the supervisor becomes the new program");
+        // Blocked signals stay blocked, and wait.
+        let blocked = signals().thread_block();
         let Err(error) = execve(&path, &arguments, &variables);
+        let _ = blocked.and_then(|()| signals().thread_unblock());
         tracing::error!(%error, "the supervisor stays the old program; its workers are of the new one");
     }
 }

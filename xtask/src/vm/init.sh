@@ -27,6 +27,8 @@ export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/t
 # As the first process itself, so that the kernel finds modprobe. The console takes what the command says; its result goes
 # through the share, which no kernel message can garble.
 exec $b switch_root /new /bin/sh -c '
+    # As systemd leaves it: namespaces see what is mounted later.
+    mount --make-rshared /
     ip link set lo up
     . /run/farshore-vm/environment
     mkdir -p "/lib/modules/$(uname -r)" && mount --bind "$VM_MODULES" "/lib/modules/$(uname -r)"
