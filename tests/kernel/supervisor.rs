@@ -270,6 +270,7 @@ fn an_upgrade_under_load() -> Result<()> {
                 .is_ok_and(|exe| exe.to_string_lossy().contains("memfd:farshore"))
         })?;
         // And works as one.
+        rig.sites.await_worker(None)?;
         rig.kill_and_restart()?;
         load.finish()?;
         rig.check_replica()

@@ -26,11 +26,11 @@ mod image;
 mod link;
 mod machine;
 mod roster;
+mod upgrade;
 mod watch;
 
-use std::ffi::{CString, OsString};
+use std::ffi::OsString;
 use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -45,9 +45,9 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{Pid, execve};
-use serde_json::{Value, json};
-use tokio::sync::{oneshot, watch as tokio_watch};
+use nix::unistd::Pid;
+use serde_json::json;
+use tokio::sync::watch as tokio_watch;
 
 pub use self::admin::{UpgradeRequest, supervisor_socket};
 pub use self::host::settle_worker;
@@ -61,6 +61,7 @@ pub(crate) use self::link::SupervisorLink;
 use self::machine::{End, Machine, Order};
 use self::roster::{Process, Roster};
 pub(crate) use self::roster::{RosterDisk, forget_bypassed, was_bypassed};
+use self::upgrade::{Checked, Reply, Trial};
 use self::watch::Watch;
 use crate::config::AgentConfig;
 use crate::frontend::surviving;
@@ -97,6 +98,7 @@ pub enum Notice {
 pub(crate) enum Event {
     Ended(i32, End),
     Asked(Request),
+    Checked(Box<Checked>),
     /// Read the configuration again.
     Reload,
     Stop,
@@ -113,16 +115,6 @@ pub struct WorkerCommand {
 struct Running {
     pid: i32,
     since: Now,
-}
-
-/// An upgrade under way.
-struct Trial {
-    old: Image,
-    begun: Now,
-    /// The old worker has ended, and one of the new program was started.
-    started: bool,
-    abilities: Abilities,
-    reply: oneshot::Sender<Result<Value>>,
 }
 
 struct Supervisor<'a> {
@@ -147,6 +139,8 @@ struct Supervisor<'a> {
     busy_since: Option<Now>,
     looked: Now,
     mounts_looked: Now,
+    /// A program is being looked at, on a thread of its own.
+    checking: bool,
     trial: Option<Trial>,
     /// Become the new program then.
     become_at: Option<Now>,
@@ -204,6 +198,7 @@ pub fn run(config: &AgentConfig, host: &Name, command: WorkerCommand, notify: &d
         busy_since: None,
         looked: now,
         mounts_looked: Now(0),
+        checking: false,
         trial: None,
         become_at: None,
         ready_told: false,
@@ -299,12 +294,9 @@ impl Supervisor<'_> {
             Event::Reload => {
                 tracing::info!("SIGHUP: a worker with the configuration as it is now takes over");
                 // Nobody waits for the answer; a configuration that is refused is in the log.
-                let (reply, mut answer) = oneshot::channel();
-                self.upgrade(now, Path::new("/proc/self/exe"), reply);
-                if let Ok(Err(error)) = answer.try_recv() {
-                    tracing::error!(error = crate::error::chain(&error), "the old configuration goes on");
-                }
+                self.upgrade(Path::new("/proc/self/exe").to_owned(), Reply::Log);
             }
+            Event::Checked(checked) => self.take_over(*checked),
             Event::Asked(Request::LetGo(reply)) => {
                 if self.bypass.let_go() {
                     tracing::info!("a worker takes the devices over");
@@ -313,7 +305,7 @@ impl Supervisor<'_> {
                 // Whoever asked may have gone.
                 let _ = reply.send(());
             }
-            Event::Asked(Request::Upgrade(binary, reply)) => self.upgrade(now, &binary, reply),
+            Event::Asked(Request::Upgrade(binary, reply)) => self.upgrade(binary, Reply::Asker(reply)),
         }
     }
 
@@ -389,8 +381,7 @@ impl Supervisor<'_> {
             "worker_pid": worker.pid,
             "pause_s": pause.as_secs_f64(),
         });
-        // Whoever asked may have gone.
-        let _ = trial.reply.send(Ok(done));
+        trial.reply.give(Ok(done));
         self.become_at = Some(now.plus(ANSWER));
     }
 
@@ -496,57 +487,6 @@ impl Supervisor<'_> {
         }
     }
 
-    fn upgrade(&mut self, now: Now, binary: &Path, reply: oneshot::Sender<Result<Value>>) {
-        match self.check_upgrade(binary) {
-            Ok((image, abilities)) => {
-                tracing::info!(version = abilities.version, binary = %binary.display(), "another program takes over");
-                let old = std::mem::replace(&mut self.image, image);
-                self.trial = Some(Trial { old, begun: now, started: false, abilities, reply });
-                if let Some(order) = self.machine.handle_replace(now) {
-                    self.obey(now, order);
-                }
-            }
-            // Whoever asked may have gone.
-            Err(error) => _ = reply.send(Err(error)),
-        }
-    }
-
-    fn check_upgrade(&self, binary: &Path) -> Result<(Image, Abilities)> {
-        if self.trial.is_some() || self.become_at.is_some() {
-            return Err(Error::failed("upgrade", "another one is under way"));
-        }
-        let image = Image::of(binary)?;
-        let abilities = image.check(&self.command.arguments)?;
-        let own = Abilities::own();
-        if abilities.ring_layout != own.ring_layout {
-            return Err(Error::Refused {
-                what: format!("program {}", binary.display()),
-                reason: format!("reads rings of layout {}, this one has {}", abilities.ring_layout, own.ring_layout),
-                hint: "install it, and restart the agent in order when its volumes are not in use".into(),
-            });
-        }
-        Ok((image, abilities))
-    }
-
-    /// The new program did not get as far as serving: the old one goes on.
-    fn fail_trial(&mut self, reason: &str) {
-        let Some(trial) = self.trial.take() else { return };
-        self.image = trial.old;
-        let error = Error::failed("upgrade", format!("the new program {reason}; the old one goes on"));
-        // Whoever asked may have gone.
-        let _ = trial.reply.send(Err(error));
-    }
-
-    /// A new program that does not come to serving, where no block device makes that urgent.
-    fn look_at_trial(&mut self, now: Now) {
-        let limit = self.config.worker_gap_max * TRIAL_GAPS;
-        if self.trial.as_ref().is_some_and(|trial| trial.started && now.since(trial.begun) > limit)
-            && let Some(order) = self.machine.handle_replace(now)
-        {
-            self.obey(now, order);
-        }
-    }
-
     fn show(&mut self) {
         let served = self.machine.is_serving();
         let here = !served && !self.machine.has_worker() || self.machine.is_bypassed();
@@ -569,34 +509,6 @@ impl Supervisor<'_> {
         if shown.disks != self.roster.disks {
             shown.disks.clone_from(&self.roster.disks);
         }
-    }
-
-    /// Becomes the program that the workers are of now. The worker goes on, as with any supervisor that follows another.
-    fn become_image(&mut self) {
-        if !self.bypass.is_idle() {
-            return;
-        }
-        let arguments = std::env::args_os().map(|argument| CString::new(argument.as_bytes()));
-        let variables = std::env::vars_os()
-            .filter(|(name, _)| !["LISTEN_FDS", "LISTEN_FDS_FIRST_FD", "LISTEN_PID"].iter().any(|ours| name == ours))
-            .map(|(name, value)| [name.as_bytes(), b"=", value.as_bytes()].concat());
-        let Ok(listener) = self.listener() else { return };
-        let first = format!("LISTEN_FDS_FIRST_FD={}", listener.as_raw_fd()).into_bytes();
-        let variables = variables.chain([b"LISTEN_FDS=1".to_vec(), first]).map(CString::new);
-        let path = CString::new(self.image.path().as_os_str().as_bytes());
-        let (Ok(path), Ok(arguments), Ok(variables)) = (
-            path,
-            arguments.collect::<std::result::Result<Vec<_>, _>>(),
-            variables.collect::<std::result::Result<Vec<_>, _>>(),
-        ) else {
-            return;
-        };
-        tracing::info!("the supervisor becomes the new program");
-        // Blocked signals stay blocked, and wait.
-        let blocked = signals().thread_block();
-        let Err(error) = execve(&path, &arguments, &variables);
-        let _ = blocked.and_then(|()| signals().thread_unblock());
-        tracing::error!(%error, "the supervisor stays the old program; its workers are of the new one");
     }
 }
 

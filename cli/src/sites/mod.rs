@@ -294,11 +294,10 @@ impl Sites {
 
     /// `kill -9` of the agent: of its supervisor, and of its worker.
     pub fn kill_agent(&mut self) {
-        let worker = self.agent_pid();
         self.kill_supervisor();
-        if let Some(pid) = worker {
-            kill_and_await(pid);
-        }
+        // Found by what it was started with: a supervisor that has just begun does not answer yet.
+        let config = format!("--config={}", self.path("agent.toml").display());
+        workers(&config).into_iter().for_each(kill_and_await);
     }
 
     /// `kill -9` of the agent's supervisor; the worker goes on.
@@ -433,6 +432,18 @@ impl Process {
         self.kill();
         bail!("{} did not stop within {STOP_LIMIT:?}:\n{tail}", self.name)
     }
+}
+
+/// Processes that were started as workers with this argument.
+fn workers(argument: &str) -> Vec<u32> {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let is_one = |pid: &u32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let mut words = line.split(|byte| *byte == 0);
+        words.any(|word| word == b"worker") && words.any(|word| word == argument.as_bytes())
+    };
+    pids.filter(is_one).collect()
 }
 
 /// Returns when the process is gone, whoever's child it is.
