@@ -10,6 +10,7 @@ use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,10 @@ pub use relay::UdpRelay;
 const START_LIMIT: Duration = Duration::from_secs(60);
 /// How long a daemon may take to stop cleanly.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
+
+/// Ports of targets: below those that the kernel gives to clients (`ip_local_port_range` begins at 32768).
+const FIRST_PORT: u16 = 20_000;
+const PORTS: u16 = 10_000;
 
 /// Name of the protected host.
 pub const HOST: &str = "source";
@@ -83,7 +88,7 @@ impl SitesConfig {
 pub struct Sites {
     config: SitesConfig,
     relay: UdpRelay,
-    target_port: u16,
+    target_address: SocketAddr,
     target: Option<Process>,
     agent: Option<Process>,
 }
@@ -105,9 +110,9 @@ impl Sites {
             let bundle = vault.issue(role, Name::new(name)?, 30).context("issue an identity")?;
             bundle.write(&config.dir.join(format!("{role}.bundle"))).context("write an identity")?;
         }
-        let target_port = free_udp_port()?;
-        let relay = UdpRelay::start((target_address(&config), target_port).into()).context("start the link's relay")?;
-        let mut sites = Self { config, relay, target_port, target: None, agent: None };
+        let target_address = target_address(&config);
+        let relay = UdpRelay::start(target_address).context("start the link's relay")?;
+        let mut sites = Self { config, relay, target_address, target: None, agent: None };
         sites.start_target()?;
         sites.start_agent()?;
         Ok(sites)
@@ -124,7 +129,7 @@ impl Sites {
             "identity = {:?}\ndata = {:?}\nlisten = \"{}\"\nsocket = {:?}\n{}",
             self.path("target.bundle"),
             data,
-            SocketAddr::from((target_address(&self.config), self.target_port)),
+            self.target_address,
             self.target_socket(),
             self.config.target_toml
         );
@@ -140,7 +145,7 @@ impl Sites {
     pub fn start_agent(&mut self) -> Result<()> {
         let file = self.path("agent.toml");
         let upstream = match self.config.direct_link {
-            true => SocketAddr::from((target_address(&self.config), self.target_port)),
+            true => self.target_address,
             false => SocketAddr::from(([127, 0, 0, 1], self.relay.port())),
         };
         let text = format!(
@@ -467,11 +472,14 @@ pub fn pause(time: Duration) {
     std::thread::sleep(time);
 }
 
-fn target_address(config: &SitesConfig) -> IpAddr {
-    config.elsewhere.as_ref().map_or(IpAddr::from([127, 0, 0, 1]), |elsewhere| elsewhere.address)
-}
-
-fn free_udp_port() -> Result<u16> {
-    let socket = std::net::UdpSocket::bind("127.0.0.1:0").context("find a free port")?;
-    Ok(socket.local_addr().context("read the port")?.port())
+/// An address for a target of these sites that nobody else takes, not even while the
+/// target is down: this process has a loopback address of its own, and each of its sites
+/// a port below those that the kernel gives to clients.
+fn target_address(config: &SitesConfig) -> SocketAddr {
+    static SITES: AtomicU16 = AtomicU16::new(0);
+    let [_, high, middle, low] = std::process::id().to_be_bytes();
+    // The bit keeps clear of 127.0.0.1, where everybody else is.
+    let own = IpAddr::from([127, high | 0x80, middle, low]);
+    let address = config.elsewhere.as_ref().map_or(own, |elsewhere| elsewhere.address);
+    SocketAddr::new(address, FIRST_PORT + SITES.fetch_add(1, Ordering::Relaxed) % PORTS)
 }
