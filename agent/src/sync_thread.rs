@@ -151,13 +151,16 @@ impl<F: BackingFile> SyncThread<F> {
         };
         let thread = std::thread::Builder::new()
             .name("farshore-sync".into())
-            .spawn(move || match Reactor::new(RING_DEPTH) {
-                Ok(reactor) => {
-                    // The receiver waits for this one message.
-                    let _ = ready.send(Ok(()));
-                    life.run(reactor);
+            .spawn(move || {
+                farshore_uring::work_in_background();
+                match Reactor::new(RING_DEPTH) {
+                    Ok(reactor) => {
+                        // The receiver waits for this one message.
+                        let _ = ready.send(Ok(()));
+                        life.run(reactor);
+                    }
+                    Err(error) => _ = ready.send(Err(error)),
                 }
-                Err(error) => _ = ready.send(Err(error)),
             })
             .map_err(|error| Error::failed("sync thread", error))?;
         started

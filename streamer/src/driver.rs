@@ -126,7 +126,10 @@ impl StreamerHandle {
             stopping: None,
             stop: Arc::clone(&stop),
         };
-        let thread = std::thread::Builder::new().name(thread_name.clone()).spawn(move || driver.run());
+        let thread = std::thread::Builder::new().name(thread_name.clone()).spawn(move || {
+            farshore_uring::work_in_background();
+            driver.run()
+        });
         let thread = thread.map_err(|source| Error::Thread { name: thread_name, source })?;
         Ok(Self { inbox, link, thread: Some(thread), stop })
     }

@@ -145,13 +145,16 @@ impl SourceLink {
     fn spawn(&self, index: u16) -> Result<JoinHandle<()>> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Thread)?;
         let shared = Arc::clone(&self.shared);
-        let run = move || match index {
-            0 => {
-                runtime.block_on(driver::run_first(shared));
-                // Not waiting for a name that is still being looked up.
-                runtime.shutdown_background();
+        let run = move || {
+            farshore_uring::work_in_background();
+            match index {
+                0 => {
+                    runtime.block_on(driver::run_first(shared));
+                    // Not waiting for a name that is still being looked up.
+                    runtime.shutdown_background();
+                }
+                _ => runtime.block_on(driver::run_further(shared, index)),
             }
-            _ => runtime.block_on(driver::run_further(shared, index)),
         };
         std::thread::Builder::new().name(format!("link-source-{index}")).spawn(run).map_err(Error::Thread)
     }
