@@ -154,8 +154,10 @@ fn kills_while_the_host_swaps() -> Result<()> {
         run(&format!("mkswap {DISK_4096} && swapon {DISK_4096}"))?;
         let hog = Hog::start()?;
         let file = mounted.folder().join("data");
-        let mut load = std::process::Command::new("fio")
+        let mut load = std::process::Command::new("timeout")
             .args([
+                "600",
+                "fio",
                 "--name=job",
                 "--ioengine=psync",
                 "--rw=write",
@@ -188,7 +190,8 @@ fn kills_while_the_host_swaps() -> Result<()> {
     })
 }
 
-/// Takes more memory than there is, and goes on writing to it. Ends when dropped, swap included.
+/// Takes more memory than there is, and goes on writing to some of it, here and there: a host that swaps all the time is one, a host
+/// that does nothing else is not. Ends when dropped, swap included.
 struct Hog {
     writer: std::process::Child,
     folder: tempfile::TempDir,
@@ -201,9 +204,12 @@ impl Hog {
         // So much more than there is that the host has to swap, and so little that the swap takes it.
         let megabytes = (memory("MemAvailable:")? >> 10) + 300;
         run(&format!("mount -t tmpfs -o size=100% hog {path}"))?;
-        let write = format!("dd if=/dev/zero of={path}/hog bs=1M count={megabytes} conv=notrunc");
-        run(&write)?;
-        let again = format!("while {write} 2>/dev/null; do :; done");
+        run(&format!("dd if=/dev/zero of={path}/hog bs=1M count={megabytes}"))?;
+        let parts = megabytes / 32;
+        let again = format!(
+            "part=0; while dd if=/dev/zero of={path}/hog bs=32M count=1 seek=$part conv=notrunc 2>/dev/null; do \
+             part=$(( (part + 7) % {parts} )); sleep 0.3; done"
+        );
         let writer = std::process::Command::new("sh").args(["-c", &again]).spawn().context("start the hog")?;
         Ok(Self { writer, folder })
     }
