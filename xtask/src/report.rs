@@ -37,14 +37,14 @@ pub(crate) fn summary(reports: &[Report]) -> String {
     let mut total = Tally::default();
     let _ = writeln!(
         out,
-        "{:<9} {:<8} {:>6} {:>7} {:>7} {:>8} {:>9}",
+        "{:<11} {:<8} {:>6} {:>7} {:>7} {:>8} {:>9}",
         "suite", "result", "ran", "passed", "failed", "skipped", "seconds"
     );
     for report in reports {
         let Tally { passed, failed, skipped } = report.tally;
         let _ = writeln!(
             out,
-            "{:<9} {:<8} {:>6} {:>7} {:>7} {:>8} {:>9.1}",
+            "{:<11} {:<8} {:>6} {:>7} {:>7} {:>8} {:>9.1}",
             report.suite,
             report.word(),
             passed + failed,

@@ -477,7 +477,7 @@ pub fn pause(time: Duration) {
 /// a port below those that the kernel gives to clients.
 fn target_address(config: &SitesConfig) -> SocketAddr {
     static SITES: AtomicU16 = AtomicU16::new(0);
-    let [_, high, middle, low] = std::process::id().to_be_bytes();
+    let [low, middle, high, _] = std::process::id().to_le_bytes();
     // The bit keeps clear of 127.0.0.1, where everybody else is.
     let own = IpAddr::from([127, high | 0x80, middle, low]);
     let address = config.elsewhere.as_ref().map_or(own, |elsewhere| elsewhere.address);
