@@ -50,12 +50,11 @@ const IN_THE_MACHINE: [Program; 22] = [
 ];
 
 /// The kernel tests of the default run, by their whole names. They take about a third of the whole suite's time.
-const KERNEL_CORE: [&str; 7] = [
+const KERNEL_CORE: [&str; 6] = [
     "agent::twenty_kills_of_the_agent_under_verified_load",
     "agent_dm::live::file_systems_go_on",
     "dm::faults::a_crash_at_any_step_is_repaired",
     "log_writes::the_order_on_the_disk_is_the_order_of_the_stream",
-    "supervisor::guests_are_served_while_workers_crash",
     "ublk::life::leftovers_are_found_and_removed",
     "ublk::recovery::kills_over_a_slow_disk",
 ];
