@@ -21,6 +21,7 @@ use crate::devices::{Access, Host, Protected, own_files};
 use crate::frontend::Frontend;
 use crate::gate::{self, Gate};
 use crate::group::{Context, Group, NewPlace, NewVolume};
+use crate::points::Cuts;
 use crate::source::open_source;
 use crate::state::{StateDir, VolumeState};
 use crate::supervisor::SupervisorLink;
@@ -402,35 +403,21 @@ impl Agent {
             true => gate::stopping(),
             false => Error::failed(format!("group {}", group.shared.name), why_no_point(&group)),
         };
+        let points = &group.shared.points;
+        if let Some(name) = &name {
+            return points.named(name, left, &*group).map(|point| point_document(&point)).ok_or_else(late);
+        }
         loop {
             // Points can only be made while nothing is missing.
-            group.shared.points.wait(left(), |_| is_whole(&group).then_some(())).ok_or_else(late)?;
-            let point = match &name {
-                None => {
-                    let head = group.shared.capture.ring().head();
-                    group.shared.points.wait(left(), |board| {
-                        board
-                            .newest
-                            .clone()
-                            .filter(|point| point.end.0 >= head)
-                            .map(Some)
-                            .or_else(|| (!is_whole(&group)).then_some(None))
-                    })
-                }
-                Some(name) => {
-                    // A point of this name that was ordered before, and becomes durable only now, is not the one.
-                    let head = group.shared.capture.ring().head();
-                    group.bookmark(name.clone());
-                    group.shared.points.wait(left(), |board| {
-                        let named = board.bookmarks.get(name).filter(|point| point.end.0 > head);
-                        named.cloned().map(Some).or_else(|| (!is_whole(&group)).then_some(None))
-                    })
-                }
-            };
-            match point.ok_or_else(late)? {
-                Some(point) if point.recoverable => return Ok(point_document(&point)),
-                // An event came between: once more.
-                _ => {}
+            points.wait(left(), |_| group.is_whole().then_some(())).ok_or_else(late)?;
+            let head = group.head();
+            let point = points.wait(left(), |board| {
+                let newest = board.newest.clone().filter(|point| point.end.0 >= head);
+                newest.map(Some).or_else(|| (!group.is_whole()).then_some(None))
+            });
+            // `None`: an event came between; once more.
+            if let Some(point) = point.ok_or_else(late)? {
+                return Ok(point_document(&point));
             }
         }
     }
@@ -511,16 +498,6 @@ fn default_name(source: &Path) -> Result<Name> {
 /// A socket in the state directory. Names hold no `~` (and URIs may), so no two volumes share one.
 fn default_frontend(state: &Path, group: &Name, volume: &Name) -> String {
     format!("nbd+unix:{}", state.join(format!("{group}~{volume}.sock")).display())
-}
-
-/// Nothing is missing, and points include every volume.
-fn is_whole(group: &Group) -> bool {
-    let capture = &group.shared.capture;
-    let volumes = capture.volumes();
-    !volumes.is_empty()
-        && volumes.iter().all(|volume| volume.joined())
-        && !capture.ring().is_closed()
-        && !capture.event_open()
 }
 
 fn why_no_point(group: &Group) -> String {

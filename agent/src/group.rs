@@ -26,6 +26,7 @@ use crate::frontend::{self, Frontend, NotStopped, Server};
 use crate::hooks::Hooks;
 use crate::interpose::{self, Found, Upper};
 use crate::limits::ring_unlocked;
+use crate::points::Cuts;
 use crate::shared::{Shared, sync_alarms};
 use crate::source::{SourceFile, is_let_go, open_volume};
 use crate::state::{GroupState, StateDir, UblkDisk, VolumeState};
@@ -395,13 +396,6 @@ impl Group {
         Ok(())
     }
 
-    /// Orders a named point; the caller waits for it at the board.
-    pub(crate) fn bookmark(&self, name: Name) {
-        self.shared.points.forget(&name);
-        self.shared.order_bookmark(name);
-        self.streamer.waker().wake();
-    }
-
     /// The group's volumes, as kept.
     pub(crate) fn volumes(&self) -> Vec<VolumeState> {
         self.shared.state().volumes.clone()
@@ -521,6 +515,26 @@ impl Group {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
             removed => removed.map_err(|error| Error::io("remove ring", &self.ring_file, error)),
         }
+    }
+}
+
+impl Cuts for Group {
+    fn is_whole(&self) -> bool {
+        let capture = &self.shared.capture;
+        let volumes = capture.volumes();
+        !volumes.is_empty()
+            && volumes.iter().all(|volume| volume.joined())
+            && !capture.ring().is_closed()
+            && !capture.event_open()
+    }
+
+    fn head(&self) -> u64 {
+        self.shared.capture.ring().head()
+    }
+
+    fn order(&self, name: &Name) {
+        self.shared.order_bookmark(name.clone());
+        self.streamer.waker().wake();
     }
 }
 

@@ -110,6 +110,7 @@ impl Capture for Hooks {
             // The ring keeps its own number; the stream's is in the streamer's state in it.
             self.shared.capture.start_over(consumer, wall, |_| {});
             self.joining.clear();
+            self.shared.points.handle_start_over();
         }
         recorded
     }

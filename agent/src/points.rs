@@ -22,7 +22,9 @@ pub(crate) struct Board {
     /// Newest durable recoverable point.
     pub newest: Option<DurableBatch>,
     /// Named points that became durable, recoverable or not.
-    pub bookmarks: BTreeMap<Name, DurableBatch>,
+    bookmarks: BTreeMap<Name, DurableBatch>,
+    /// How often the stream has started over: cuts that were made before may be lost.
+    starts: u64,
     /// Nothing more is said here.
     closed: bool,
 }
@@ -58,9 +60,41 @@ impl PointBoard {
         self.lock().newest.clone()
     }
 
-    /// Forgets a named point, before one of that name is ordered.
-    pub(crate) fn forget(&self, name: &Name) {
-        self.lock().bookmarks.remove(name);
+    /// The stream starts over: whoever waits for a point orders it again.
+    pub(crate) fn handle_start_over(&self) {
+        self.lock().starts += 1;
+        self.changed.notify_all();
+    }
+
+    /// Has a point of that name made, and waits until a recoverable one is durable; `None` as [`Self::wait`].
+    ///
+    /// It is ordered once: an order outlives events, and what was cut comes to the target. It is ordered again only where what it
+    /// gave is of no use, cut while source and replica may have differed, or lost with its stream; else there would be two of that
+    /// name.
+    pub(crate) fn named(
+        &self,
+        name: &Name,
+        left: impl Fn() -> Option<Duration>,
+        capture: &impl Cuts,
+    ) -> Option<DurableBatch> {
+        loop {
+            self.wait(left(), |_| capture.is_whole().then_some(()))?;
+            // A point of this name that was ordered before, and becomes durable only now, is not the one.
+            let head = capture.head();
+            let starts = {
+                let mut board = self.lock();
+                board.bookmarks.remove(name);
+                board.starts
+            };
+            capture.order(name);
+            let point = self.wait(left(), |board| {
+                let made = board.bookmarks.get(name).filter(|point| point.end.0 > head);
+                made.cloned().map(Some).or_else(|| (board.starts != starts).then_some(None))
+            })?;
+            if let Some(point) = point.filter(|point| point.recoverable) {
+                return Some(point);
+            }
+        }
     }
 
     /// The group stops: nobody waits any more.
@@ -92,8 +126,23 @@ impl PointBoard {
     }
 }
 
+/// Where points are cut: a group, as seen by who waits for one.
+pub(crate) trait Cuts {
+    /// Nothing is missing, and points include every volume.
+    fn is_whole(&self) -> bool;
+
+    /// Position of what is captured next.
+    fn head(&self) -> u64;
+
+    /// Orders a point of that name at the next turn.
+    fn order(&self, name: &Name);
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    use std::sync::mpsc::{SyncSender, sync_channel};
+
     use farshore_proto::{BatchNo, Generation, Incarnation, PointId, Position, WallTime};
 
     use super::*;
@@ -126,5 +175,55 @@ mod tests {
         board.note(&named(1002, "z"));
         assert!(known("a") && known("z") && known(&names[0]));
         assert!(!known(&names[1]) && !known(&names[2]) && known(&names[3]));
+    }
+
+    /// Says when a point is ordered.
+    struct Group {
+        whole: AtomicBool,
+        head: AtomicU64,
+        orders: SyncSender<Name>,
+    }
+
+    impl Cuts for Group {
+        fn is_whole(&self) -> bool {
+            self.whole.load(Ordering::SeqCst)
+        }
+
+        fn head(&self) -> u64 {
+            self.head.load(Ordering::SeqCst)
+        }
+
+        fn order(&self, name: &Name) {
+            self.orders.send(name.clone()).expect("the test listens");
+        }
+    }
+
+    /// Goal: whoever asks for one point gets one, and one that is of use. Method: an event between order and durability, then what makes
+    /// an order vain: an older point of that name, a cut within an event, a stream that starts over.
+    #[test]
+    fn a_named_point_is_ordered_again_only_if_it_was_in_vain() {
+        let (orders, ordered) = sync_channel(8);
+        let group = Group { whole: AtomicBool::new(true), head: AtomicU64::new(10), orders };
+        let board = PointBoard::default();
+        let name = Name::new("a").expect("a good name");
+        board.note(&named(20, "a"));
+        std::thread::scope(|scope| {
+            let asked = scope.spawn(|| board.named(&name, || None, &group));
+            assert_eq!(ordered.recv(), Ok(name.clone()));
+            group.whole.store(false, Ordering::SeqCst);
+            board.poke();
+            group.whole.store(true, Ordering::SeqCst);
+            board.poke();
+            board.note(&named(10, "a"));
+            board.note(&named(11, "b"));
+            board.note(&DurableBatch { recoverable: false, ..named(12, "a") });
+            assert_eq!(ordered.recv(), Ok(name.clone()), "what was cut in an event is of no use");
+            board.handle_start_over();
+            assert_eq!(ordered.recv(), Ok(name.clone()), "it may be lost with the old stream");
+            board.note(&named(13, "a"));
+            let point = asked.join().expect("asks").expect("no limit");
+            assert_eq!((point.end, point.recoverable), (Position(13), true));
+        });
+        assert!(ordered.try_recv().is_err(), "ordered for nothing");
     }
 }

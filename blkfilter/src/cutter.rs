@@ -62,11 +62,6 @@ impl Cutter {
         Ok(())
     }
 
-    /// Drops the bookmarks that have no cut yet, and names them: their askers are told that no point could be made.
-    pub fn cancel_bookmarks(&mut self) -> Vec<Name> {
-        self.bookmarks.drain(..).map(|(name, _)| name).collect()
-    }
-
     /// Makes a cut if it is time for one. `slot_free`: a batch could be shipped at once. `wall` becomes the point's time, so it is
     /// read just before.
     pub fn poll(&mut self, now: Now, wall: WallTime, slot_free: bool) -> Option<Cut> {
