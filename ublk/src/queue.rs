@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -155,6 +156,11 @@ impl<D: BlockDevice> Queue<D> {
         queue.reactor.run_once(Wait::No)?;
         queue.setup.siblings.join(queue.reactor.waker());
         Ok(queue)
+    }
+
+    /// See [`Reactor::hold_ring`].
+    pub(crate) fn hold_ring(&self) -> io::Result<OwnedFd> {
+        self.reactor.hold_ring()
     }
 
     /// Serves until the kernel has ended every tag's command: the device was stopped, or let go of.

@@ -1,6 +1,8 @@
 //! The threads of a server: one per hardware queue, on the processors from which that queue's requests come.
 
 use std::io;
+use std::os::fd::OwnedFd;
+use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::{Builder, JoinHandle};
@@ -21,7 +23,43 @@ const MASK_BYTES: usize = size_of::<CpuSet>();
 /// much memory.
 const READY_MAX: Duration = Duration::from_secs(30);
 
-pub(crate) type Thread = JoinHandle<io::Result<()>>;
+/// The thread that serves a queue, and its keeper: a thread that closes the queue's ring when the serving one has ended.
+///
+/// A ring must not be closed while the thread that served it lives (seen on Linux 6.12): the kernel then still lets that thread run
+/// what the driver has for it, and a request that comes in just then is handed to the ring that is being closed. Nobody ends
+/// such a request, so the device can never be recovered nor stopped. Of a thread that has ended the driver takes the requests back,
+/// as it does when a process dies.
+pub(crate) struct Thread {
+    /// Name of the thread that serves.
+    name: String,
+    keeper: JoinHandle<io::Result<()>>,
+}
+
+impl Thread {
+    /// Closes `ring` once the thread that serves it has ended.
+    fn keep(serving: Serving, ring: OwnedFd) -> Result<Self, Error> {
+        let name = serving.thread().name().unwrap_or("ublk").to_owned();
+        let run = move || {
+            let ended = serving.join();
+            drop(ring);
+            ended.unwrap_or_else(|panic| resume_unwind(panic))
+        };
+        let keeper = Builder::new().name(format!("keep-{name}")).spawn(run);
+        let keeper = keeper.map_err(|e| Error::system("start a thread that waits for a ublk queue", e))?;
+        Ok(Self { name, keeper })
+    }
+
+    /// Whether the queue is no longer served, and its ring closed.
+    pub(crate) fn is_finished(&self) -> bool {
+        self.keeper.is_finished()
+    }
+}
+
+/// A thread that serves a queue.
+type Serving = JoinHandle<io::Result<()>>;
+
+/// A serving thread, and word from it when it serves, with its ring to be held.
+type Starting = (Serving, Receiver<io::Result<OwnedFd>>);
 
 /// Starts a thread per queue and returns when every tag's command is with the kernel.
 ///
@@ -43,7 +81,7 @@ pub(crate) fn start<D: BlockDevice>(
     for (qid, (thread, ready)) in starting.into_iter().enumerate() {
         let what = || format!("open queue {qid} of ublk device {id}");
         match ready.recv_timeout(READY_MAX) {
-            Ok(Ok(())) => threads.push(thread),
+            Ok(Ok(ring)) => threads.push(Thread::keep(thread, ring)?),
             Ok(Err(error)) => return Err(Error::system(what(), error)),
             Err(_) => {
                 return Err(Error::new(ErrorKind::TimedOut, format!("cannot {}: no answer of its thread", what())));
@@ -67,8 +105,6 @@ fn affinity(control: &Control, id: u32, qid: u16) -> Option<CpuSet> {
     any.then_some(set)
 }
 
-type Starting = (Thread, Receiver<io::Result<()>>);
-
 fn start_one<D: BlockDevice>(
     id: u32,
     setup: Setup,
@@ -87,15 +123,16 @@ fn start_one<D: BlockDevice>(
         }
         flush_io(id, qid);
         // The ring belongs to the thread that makes it: the kernel takes a tag's commands from no other.
-        let queue = match Queue::open(setup, &*device) {
-            Ok(queue) => queue,
+        let opened = Queue::open(setup, &*device).and_then(|queue| Ok((queue.hold_ring()?, queue)));
+        let (ring, queue) = match opened {
+            Ok(opened) => opened,
             Err(error) => {
                 let _starter_gone = tell.send(Err(error));
                 return Ok(());
             }
         };
         drop(device);
-        let _starter_gone = tell.send(Ok(()));
+        let _starter_gone = tell.send(Ok(ring));
         // Dropped also where the queue panics.
         let watch = FailureWatch { siblings, armed: true };
         serve(id, queue, watch)
@@ -159,8 +196,8 @@ pub fn become_io_flusher() -> io::Result<()> {
 pub(crate) fn join(threads: Vec<Thread>) -> Result<(), Error> {
     let mut failure = None;
     for thread in threads {
-        let name = thread.thread().name().unwrap_or("ublk").to_owned();
-        let error = match thread.join() {
+        let Thread { name, keeper } = thread;
+        let error = match keeper.join() {
             Ok(Ok(())) => continue,
             Ok(Err(source)) => Error::system(format!("thread {name} failed"), source),
             Err(_) => Error::new(ErrorKind::System, format!("thread {name} panicked")),

@@ -234,7 +234,7 @@ fn a_queue_that_panics_leaves_a_device_to_be_recovered() -> Result<()> {
     let control = machine()?;
     let backing = farshore_uring::BackingOptions { direct: farshore_uring::Direct::On, read_only: false };
     let config = farshore_ublk::ServerConfig { queues: 2, ..farshore_ublk::ServerConfig::default() };
-    let broken = broken::Broken(FileDevice::open(DISK_512.as_ref(), backing)?);
+    let broken = Odd { disk: FileDevice::open(DISK_512.as_ref(), backing)?, fault: Fault::Panic };
     let server = Server::start(config, Arc::new(broken))?;
     let id = server.id();
     let load = Fio::start(&server.block_path(), "--rw=randwrite --bs=4k --size=16m --iodepth=16 --verify=crc32c")?;
@@ -248,60 +248,115 @@ fn a_queue_that_panics_leaves_a_device_to_be_recovered() -> Result<()> {
     Ok(())
 }
 
-mod broken {
-    //! A device with a fault in its program.
+/// Goal: a process that lives on lets go of its device under load as one that dies does: no request stays behind in a ring that
+/// closes. Method: often, and with threads that take their time between the end of their queue and their own, as on a busy machine.
+#[test]
+fn a_process_that_lives_on_loses_no_request() -> Result<()> {
+    let control = machine()?;
+    let backing = farshore_uring::BackingOptions { direct: farshore_uring::Direct::On, read_only: false };
+    let device = || -> Result<_> {
+        Ok(Arc::new(Odd { disk: FileDevice::open(DISK_512.as_ref(), backing)?, fault: Fault::SlowEnd }))
+    };
+    let mut server = Server::start(farshore_ublk::ServerConfig::default(), device()?)?;
+    let id = server.id();
+    let options = "--rw=randwrite --bs=4k --size=16m --iodepth=32 --numjobs=3 --offset_increment=64m \
+                   --verify=crc32c --group_reporting";
+    let mut load = Fio::start(&server.block_path(), options)?;
+    for _ in 0..100 {
+        if !load.is_running()? {
+            load.finish()?;
+            load = Fio::start(&server.block_path(), options)?;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+        server.abandon();
+        until("it waits", || control.info(id).is_ok_and(|info| info.state() == DeviceState::Quiesced))?;
+        server = Server::recover(id, Duration::from_secs(20), device()?)?;
+    }
+    load.finish()?;
+    server.stop(farshore_ublk::Stop::IfUnused)?;
+    Ok(())
+}
+
+use odd::{Fault, Odd};
+
+mod odd {
+    //! Devices with a fault in their program.
 
     use std::io;
+    use std::time::Duration;
 
     use farshore_uring::{
         AlignedBuf, BlockDevice, BlockQueue, Completion, Done, Errno, Extent, FileDevice, FileQueue, Geometry, Io,
         Purpose, Request,
     };
 
-    pub(super) struct Broken(pub(super) FileDevice);
+    #[derive(Clone, Copy, PartialEq, Eq)]
+    pub(super) enum Fault {
+        /// Each queue panics at its 300th write.
+        Panic,
+        /// The queue's thread takes 20 ms to give up its queue, after that has closed its ring.
+        SlowEnd,
+    }
 
-    pub(super) struct BrokenQueue(FileQueue, u32);
+    pub(super) struct Odd {
+        pub(super) disk: FileDevice,
+        pub(super) fault: Fault,
+    }
 
-    impl BlockDevice for Broken {
+    pub(super) struct OddQueue {
+        queue: FileQueue,
+        fault: Fault,
+        writes: u32,
+    }
+
+    impl BlockDevice for Odd {
         type Buf = AlignedBuf;
-        type Queue = BrokenQueue;
+        type Queue = OddQueue;
 
         fn geometry(&self) -> Geometry {
-            self.0.geometry()
+            self.disk.geometry()
         }
 
-        fn open_queue<I: Io<AlignedBuf>>(&self, io: &mut I) -> io::Result<BrokenQueue> {
-            Ok(BrokenQueue(self.0.open_queue(io)?, 0))
+        fn open_queue<I: Io<AlignedBuf>>(&self, io: &mut I) -> io::Result<OddQueue> {
+            Ok(OddQueue { queue: self.disk.open_queue(io)?, fault: self.fault, writes: 0 })
         }
 
         fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
-            self.0.extents(offset, len)
+            self.disk.extents(offset, len)
         }
     }
 
-    impl BlockQueue for BrokenQueue {
+    impl BlockQueue for OddQueue {
         type Buf = AlignedBuf;
 
         fn buffer(&mut self, purpose: Purpose, len: u32) -> AlignedBuf {
-            self.0.buffer(purpose, len)
+            self.queue.buffer(purpose, len)
         }
 
         fn submit<I: Io<AlignedBuf>>(&mut self, io: &mut I, tag: u32, request: Request<AlignedBuf>) {
-            self.1 += u32::from(matches!(request, Request::Write { .. }));
-            assert!(self.1 < 300, "the fault of this device");
-            self.0.submit(io, tag, request);
+            self.writes += u32::from(matches!(request, Request::Write { .. }));
+            assert!(self.fault != Fault::Panic || self.writes < 300, "the fault of this device");
+            self.queue.submit(io, tag, request);
         }
 
         fn handle_completion<I: Io<AlignedBuf>>(&mut self, io: &mut I, completion: Completion<AlignedBuf>) {
-            self.0.handle_completion(io, completion);
+            self.queue.handle_completion(io, completion);
         }
 
         fn handle_wake<I: Io<AlignedBuf>>(&mut self, io: &mut I) {
-            self.0.handle_wake(io);
+            self.queue.handle_wake(io);
         }
 
         fn poll_done(&mut self) -> Option<Done<AlignedBuf>> {
-            self.0.poll_done()
+            self.queue.poll_done()
+        }
+    }
+
+    impl Drop for OddQueue {
+        fn drop(&mut self) {
+            if self.fault == Fault::SlowEnd {
+                std::thread::sleep(Duration::from_millis(20));
+            }
         }
     }
 }

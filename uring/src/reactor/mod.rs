@@ -191,6 +191,16 @@ impl<B: IoBuf> Reactor<B> {
         self.ops.len()
     }
 
+    /// Another descriptor of the ring. While it is open, the drop of the reactor leaves the ring as it is in the kernel, and with it
+    /// the commands there.
+    ///
+    /// # Errors
+    /// `EMFILE`.
+    pub fn hold_ring(&self) -> io::Result<OwnedFd> {
+        // SAFETY: the ring is open for as long as `self.ring` is borrowed.
+        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }.try_clone_to_owned()
+    }
+
     /// Registers memory with the kernel, so that reads and writes of buffers that lie inside skip the pinning per
     /// operation. At most 16 GiB in all.
     ///
