@@ -31,20 +31,23 @@ impl Report {
     }
 }
 
+/// Columns of a suite's name.
+pub(crate) const NAME_WIDTH: usize = 11;
+
 /// The table of all suites; its last line counts over all of them: `N passed, N failed, N skipped`.
 pub(crate) fn summary(reports: &[Report]) -> String {
     let mut out = String::from("\n");
     let mut total = Tally::default();
     let _ = writeln!(
         out,
-        "{:<11} {:<8} {:>6} {:>7} {:>7} {:>8} {:>9}",
+        "{:<NAME_WIDTH$} {:<8} {:>6} {:>7} {:>7} {:>8} {:>9}",
         "suite", "result", "ran", "passed", "failed", "skipped", "seconds"
     );
     for report in reports {
         let Tally { passed, failed, skipped } = report.tally;
         let _ = writeln!(
             out,
-            "{:<11} {:<8} {:>6} {:>7} {:>7} {:>8} {:>9.1}",
+            "{:<NAME_WIDTH$} {:<8} {:>6} {:>7} {:>7} {:>8} {:>9.1}",
             report.suite,
             report.word(),
             passed + failed,

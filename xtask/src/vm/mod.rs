@@ -52,6 +52,9 @@ pub(crate) struct Job {
     pub(crate) command: Option<String>,
     /// Variables for it. Values are quoted.
     pub(crate) environment: Vec<(String, String)>,
+    /// Copied to where `$VM_PROGRAMS` names. The machine reads a program from this host's disk as it goes: one that is built anew
+    /// meanwhile would change under it.
+    pub(crate) programs: Vec<PathBuf>,
     /// Longest time of the command; then the machine is switched off.
     pub(crate) limit: Duration,
 }
@@ -59,12 +62,12 @@ pub(crate) struct Job {
 impl Job {
     /// `command` within the usual time.
     pub(crate) fn new(command: impl Into<String>) -> Self {
-        Self { command: Some(command.into()), environment: Vec::new(), limit: LIMIT_DEFAULT }
+        Self { command: Some(command.into()), environment: Vec::new(), programs: Vec::new(), limit: LIMIT_DEFAULT }
     }
 
     /// A shell for a person, for as long as that person likes.
     pub(crate) fn shell() -> Self {
-        Self { command: None, environment: Vec::new(), limit: Duration::from_secs(24 * 60 * 60) }
+        Self { command: None, environment: Vec::new(), programs: Vec::new(), limit: Duration::from_secs(24 * 60 * 60) }
     }
 }
 
@@ -116,8 +119,11 @@ impl RunFolder {
         let folder = store.join(format!("run-{}", std::process::id()));
         // Of an earlier process with our number.
         let _ = fs::remove_dir_all(&folder);
-        fs::create_dir_all(folder.join("share")).with_context(|| format!("make {}", folder.display()))?;
-        Ok(Self(folder))
+        let run = Self(folder);
+        for folder in [run.share(), run.programs()] {
+            fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
+        }
+        Ok(run)
     }
 
     fn share(&self) -> PathBuf {
@@ -126,6 +132,11 @@ impl RunFolder {
 
     fn initramfs(&self) -> PathBuf {
         self.0.join("initramfs.cpio")
+    }
+
+    /// Below the host's files, which the machine keeps in memory, unlike those of the share.
+    fn programs(&self) -> PathBuf {
+        self.0.join("programs")
     }
 
     fn disk(&self, disk: &Disk) -> PathBuf {
@@ -158,10 +169,15 @@ fn prepare(run: &RunFolder, workspace: &Workspace, kernel: &Kernel, job: &Job) -
         let file = File::create(run.disk(disk)).context("make a disk image")?;
         file.set_len(disk.bytes).context("size a disk image")?;
     }
+    for program in &job.programs {
+        let copy = run.programs().join(program.file_name().context("a program has a name")?);
+        fs::copy(program, &copy).with_context(|| format!("copy {}", program.display()))?;
+    }
     let mut environment = format!(
-        "export VM_MODULES={} VM_FOLDER={} VM_SECONDS={} FARSHORE_VM={}\n",
+        "export VM_MODULES={} VM_FOLDER={} VM_PROGRAMS={} VM_SECONDS={} FARSHORE_VM={}\n",
         quoted(&kernel.modules().display().to_string()),
         quoted(&workspace.root.display().to_string()),
+        quoted(&run.programs().display().to_string()),
         job.limit.as_secs(),
         initramfs::SHARE,
     );
