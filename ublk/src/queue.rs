@@ -60,7 +60,12 @@ pub(crate) struct Siblings {
 
 impl Siblings {
     fn join(&self, waker: Waker) {
-        self.wakers.lock().unwrap_or_else(PoisonError::into_inner).push(waker);
+        let mut wakers = self.wakers.lock().unwrap_or_else(PoisonError::into_inner);
+        // A queue that failed before has waked those that it knew.
+        if self.have_failed() {
+            waker.wake();
+        }
+        wakers.push(waker);
     }
 
     /// Makes every queue let go.
@@ -125,7 +130,7 @@ pub(crate) struct Queue<D: BlockDevice> {
 }
 
 impl<D: BlockDevice> Queue<D> {
-    /// Opens the queue and hands the kernel a command for every tag.
+    /// Opens the queue. The kernel hears of it in [`Self::fetch_all`].
     pub(crate) fn open(setup: Setup, device: &D) -> io::Result<Self> {
         let depth = u32::from(setup.depth);
         // A turn may hold an answer and an operation of the device for every tag.
@@ -136,7 +141,7 @@ impl<D: BlockDevice> Queue<D> {
         let descriptors = Descriptors::map(&setup.file, setup.qid, setup.depth)?;
         let slots = (0..setup.depth).map(|_| Slot { current: None, buf: None }).collect();
         let lists = usize::from(setup.depth);
-        let mut queue = Self {
+        Ok(Self {
             reactor,
             device,
             descriptors,
@@ -149,13 +154,18 @@ impl<D: BlockDevice> Queue<D> {
             ending: false,
             failure: None,
             setup,
-        };
-        for tag in 0..queue.setup.depth {
-            queue.command(sys::io::FETCH_REQ, tag, 0);
+        })
+    }
+
+    /// Hands the kernel a command for every tag. To be called on the thread that [`Self::run`]s: the kernel takes a tag's commands from
+    /// no other.
+    pub(crate) fn fetch_all(&mut self) -> io::Result<()> {
+        for tag in 0..self.setup.depth {
+            self.command(sys::io::FETCH_REQ, tag, 0);
         }
-        queue.reactor.run_once(Wait::No)?;
-        queue.setup.siblings.join(queue.reactor.waker());
-        Ok(queue)
+        self.reactor.run_once(Wait::No)?;
+        self.setup.siblings.join(self.reactor.waker());
+        Ok(())
     }
 
     /// See [`Reactor::hold_ring`].

@@ -270,6 +270,15 @@ fn open_queues(path: &Path) -> Result<File, Error> {
     }
 }
 
+/// Whether a disk could not be opened because it is not there, rather than its node.
+fn is_gone(id: u32, error: &io::Error) -> bool {
+    match error.raw_os_error() {
+        Some(libc::ENXIO | libc::ENODEV) => true,
+        Some(libc::ENOENT) => !Path::new(&format!("/sys/block/ublkb{id}")).exists(),
+        _ => false,
+    }
+}
+
 /// A served device.
 ///
 /// Dropping it does not end anything: the threads serve on for as long as the process lives, and then the device waits for
@@ -328,6 +337,13 @@ impl ServerHandle {
     pub fn is_serving(&self) -> bool {
         let threads = self.lock();
         !threads.is_empty() && !threads.iter().any(Thread::is_finished)
+    }
+
+    /// Whether a queue is no longer served although nobody asked for that: its back end or its ring has failed, or it panicked. The
+    /// device waits for its next server then.
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        self.lock().iter().any(Thread::is_finished)
     }
 
     /// Tells the kernel that the device has grown to `bytes`. The back end must have it already.
@@ -416,8 +432,13 @@ impl ServerHandle {
                 );
                 return Err(Error::new(ErrorKind::Busy, what).because(error));
             }
-            // Its node or its server is gone: there is nothing to be written.
-            Err(_) => return Ok(None),
+            // There is no disk any more, so nothing to be written; or it may go whatever it is used for.
+            Err(error) if when != Stop::IfUnused || is_gone(self.id, &error) => {
+                tracing::debug!(id = self.id, %error, "a ublk device is stopped without a look at it");
+                return Ok(None);
+            }
+            // Whether it is in use cannot be told.
+            Err(error) => return Err(Error::system(format!("open {}", path.display()), error)),
         };
         if let Err(error) = disk.sync_all() {
             if when == Stop::IfUnused {

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::panic::resume_unwind;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
@@ -58,13 +58,24 @@ impl Thread {
 /// A thread that serves a queue.
 type Serving = JoinHandle<io::Result<()>>;
 
-/// A serving thread, and word from it when it serves, with its ring to be held.
-type Starting = (Serving, Receiver<io::Result<OwnedFd>>);
+/// A thread that is to serve a queue, and what is said to and by it, in this order.
+struct Starting {
+    thread: Serving,
+    /// Its queue is open; its ring, to be held.
+    opened: Receiver<io::Result<OwnedFd>>,
+    /// Begin. Dropped: end instead.
+    go: SyncSender<()>,
+    /// Its commands are with the kernel.
+    begun: Receiver<io::Result<()>>,
+}
 
 /// Starts a thread per queue and returns when every tag's command is with the kernel.
 ///
+/// No queue begins before all are open. *(A recovery that ended between the first queue's beginning and the last one's cannot be
+/// begun again: Linux 6.12 then follows a null pointer. Opening a queue can fail and takes its time; beginning does neither.)*
+///
 /// # Errors
-/// Those of opening a queue. Threads that did start end by themselves when the device is stopped or deleted.
+/// Those of opening a queue: then none has begun. Threads that did begin end by themselves when the device is stopped or deleted.
 pub(crate) fn start<D: BlockDevice>(
     control: &Control,
     id: u32,
@@ -78,17 +89,28 @@ pub(crate) fn start<D: BlockDevice>(
         starting.push(start_one(id, setup(qid), Arc::clone(device), affinity)?);
     }
     let mut threads = Vec::with_capacity(starting.len());
-    for (qid, (thread, ready)) in starting.into_iter().enumerate() {
-        let what = || format!("open queue {qid} of ublk device {id}");
-        match ready.recv_timeout(READY_MAX) {
-            Ok(Ok(ring)) => threads.push(Thread::keep(thread, ring)?),
-            Ok(Err(error)) => return Err(Error::system(what(), error)),
-            Err(_) => {
-                return Err(Error::new(ErrorKind::TimedOut, format!("cannot {}: no answer of its thread", what())));
-            }
-        }
+    let mut open = Vec::with_capacity(starting.len());
+    for (qid, Starting { thread, opened, go, begun }) in starting.into_iter().enumerate() {
+        let ring = answer(&opened, || format!("open queue {qid} of ublk device {id}"))?;
+        threads.push(Thread::keep(thread, ring)?);
+        open.push((go, begun));
+    }
+    for (go, _) in &open {
+        // One that has ended since says nothing below.
+        let _ = go.send(());
+    }
+    for (qid, (_, begun)) in open.iter().enumerate() {
+        answer(begun, || format!("begin queue {qid} of ublk device {id}"))?;
     }
     Ok(threads)
+}
+
+/// What a thread has to say.
+fn answer<T>(from: &Receiver<io::Result<T>>, what: impl Fn() -> String) -> Result<T, Error> {
+    match from.recv_timeout(READY_MAX) {
+        Ok(answer) => answer.map_err(|error| Error::system(what(), error)),
+        Err(_) => Err(Error::new(ErrorKind::TimedOut, format!("cannot {}: no answer of its thread", what()))),
+    }
 }
 
 /// The processors of a queue. With one queue that is all of them.
@@ -111,7 +133,9 @@ fn start_one<D: BlockDevice>(
     device: Arc<D>,
     affinity: Option<CpuSet>,
 ) -> Result<Starting, Error> {
-    let (tell, ready) = sync_channel(1);
+    let (tell_opened, opened) = sync_channel(1);
+    let (go, told_to_go) = sync_channel(1);
+    let (tell_begun, begun) = sync_channel(1);
     let qid = setup.qid;
     let siblings = Arc::clone(&setup.siblings);
     let run = move || {
@@ -122,24 +146,29 @@ fn start_one<D: BlockDevice>(
             tracing::debug!(id, qid, %error, "queue thread not pinned");
         }
         flush_io(id, qid);
-        // The ring belongs to the thread that makes it: the kernel takes a tag's commands from no other.
         let opened = Queue::open(setup, &*device).and_then(|queue| Ok((queue.hold_ring()?, queue)));
-        let (ring, queue) = match opened {
+        drop(device);
+        let (ring, mut queue) = match opened {
             Ok(opened) => opened,
             Err(error) => {
-                let _starter_gone = tell.send(Err(error));
+                let _starter_gone = tell_opened.send(Err(error));
                 return Ok(());
             }
         };
-        drop(device);
-        let _starter_gone = tell.send(Ok(ring));
+        if tell_opened.send(Ok(ring)).is_err() || told_to_go.recv().is_err() {
+            // Another queue could not be opened.
+            return Ok(());
+        }
         // Dropped also where the queue panics.
         let watch = FailureWatch { siblings, armed: true };
-        serve(id, queue, watch)
+        let begun = queue.fetch_all();
+        let has_begun = begun.is_ok();
+        let _starter_gone = tell_begun.send(begun);
+        if has_begun { serve(id, queue, watch) } else { Ok(()) }
     };
     let name = format!("ublk-{id}-{qid}");
     let thread = Builder::new().name(name).spawn(run).map_err(|e| Error::system("start a ublk queue thread", e))?;
-    Ok((thread, ready))
+    Ok(Starting { thread, opened, go, begun })
 }
 
 /// Tells the other queues if this one ends otherwise than well.

@@ -184,7 +184,8 @@ fn a_living_server_lets_go() -> Result<()> {
         let_go?;
         ensure!(!server.is_serving());
         ensure!(control.info(id)?.state() == DeviceState::Quiesced, "{:?}", control.info(id)?);
-        drop(server);
+        ensure!(server.has_failed() && !server.is_serving(), "who serves does not hear of it");
+    drop(server);
         server = Server::recover(id, Duration::from_secs(20), Arc::new(FileDevice::open(DISK_512.as_ref(), backing)?))?;
     }
     load.finish()?;
