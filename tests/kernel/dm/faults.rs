@@ -63,6 +63,41 @@ fn a_failed_step_is_undone() -> Result<()> {
     lvm("vgremove -ff -y vg").map(drop)
 }
 
+/// Goal: another tool's work in progress is left as it is: neither our table takes the place of the one that it has loaded, nor does the
+/// undoing of our failed attach drop that, nor resume what it holds. Method: a table is loaded, or the device suspended, while the
+/// attach is under way.
+#[test]
+fn another_tools_change_is_left_alone() -> Result<()> {
+    let _interposer = kit()?;
+    let upper = &logical_volumes(&["64M"])?[0];
+    let original = table(upper)?;
+    let name = upper.display();
+    for (begin, state, end) in [
+        ("dmsetup load", "LIVE & INACTIVE", "dmsetup clear"),
+        ("dmsetup suspend --noflush", "SUSPENDED", "dmsetup resume"),
+    ] {
+        let told = upper.clone();
+        let table_text = original.clone();
+        let meanwhile = move |step| {
+            if step != Step::Record {
+                return Ok(());
+            }
+            let of = told.display();
+            run(&format!("echo '{table_text}' | DM_DISABLE_UDEV=1 {begin} {of}")).map(drop).map_err(io::Error::other)
+        };
+        let attached = Interposer::open()?.with_hook(meanwhile).attach(upper, &mut pass_through());
+        let error = attached.expect_err("another tool is at it").to_string();
+        ensure!(error.contains("another tool"), "{error}");
+        let now = run(&format!("dmsetup info {name}"))?;
+        let (tables, is) = (now.contains("LIVE & INACTIVE"), now.contains("SUSPENDED"));
+        ensure!(tables == (state == "LIVE & INACTIVE") && is == (state == "SUSPENDED"), "{begin}: {now}");
+        run(&format!("DM_DISABLE_UDEV=1 {end} {name}"))?;
+        ensure!(table(upper)? == original);
+        no_strays()?;
+    }
+    lvm("vgremove -ff -y vg").map(drop)
+}
+
 /// Goal: a crash at any step is repaired, and a file system in use sees a pause at most. Method: kill -9 of the process that attaches or
 /// detaches (and serves), before each step; repair by another.
 #[test]

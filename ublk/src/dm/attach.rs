@@ -147,7 +147,7 @@ impl Interposer {
     pub fn attach(&self, upper: &Path, serve: &mut dyn Serve) -> Result<Interposed, Error> {
         let _turn = self.turn()?;
         let (status, table) = self.candidate(upper)?;
-        let mut attempt = Attempt { to: self, upper: &status, table: &table, lower: None, served: None };
+        let mut attempt = Attempt { to: self, upper: &status, table: &table, lower: None, served: None, loaded: false };
         let attached = attempt.run(serve);
         if let Err(error) = attached {
             return Err(undone(error, attempt.undo(serve)));
@@ -272,6 +272,10 @@ impl Interposer {
         // A plain linear table that was there before us stands in the lower as well.
         let original = self.mapper.table(known.status.device).ok()?;
         if original.passes_to() == Some(through) || through == known.status.device {
+            return None;
+        }
+        // Another tool's table may pass everything to one device as well (`pvmove`).
+        if through.kernel_name().is_some_and(|name| name != known.through_name) {
             return None;
         }
         let lower = known.status.device;
@@ -484,6 +488,8 @@ struct Attempt<'a> {
     table: &'a Table,
     lower: Option<DevNo>,
     served: Option<PathBuf>,
+    /// A table of ours may be loaded into the upper.
+    loaded: bool,
 }
 
 impl Attempt<'_> {
@@ -518,6 +524,12 @@ impl Attempt<'_> {
                 format!("cannot attach {name}: another tool has changed its table"),
             ));
         }
+        // Or be about to: its table would be lost by ours, and its resume would put ours in place.
+        let status = to.mapper.status(upper).map_err(failed("describe it"))?;
+        if status.is_suspended() || status.has_inactive_table() {
+            return Err(Error::new(ErrorKind::Busy, format!("cannot attach {name}: another tool is changing it")));
+        }
+        self.loaded = true;
         let sectors = self.table.sectors();
         to.replace(upper, &Table::linear(through, sectors)).map_err(failed("put the served device below it"))?;
         to.step(Step::Done).map_err(failed("end"))?;
@@ -546,7 +558,9 @@ impl Attempt<'_> {
     /// Takes back what was done, last things first.
     fn undo(&mut self, serve: &mut dyn Serve) -> io::Result<()> {
         let mapper = &self.to.mapper;
-        self.to.settle(self.upper.device)?;
+        if self.loaded {
+            self.to.settle(self.upper.device)?;
+        }
         let through = self.served.as_deref().and_then(|path| DevNo::of(path).ok());
         if through.is_some() && mapper.table(self.upper.device)?.passes_to() == through {
             mapper.load(self.upper.device, self.table)?;
