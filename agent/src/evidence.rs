@@ -30,7 +30,7 @@ pub enum Evidence {
         boot: String,
         /// The kernel's counters of it.
         counters: Counters,
-        /// BLAKE3 of its first and its last MiB, hexadecimal.
+        /// BLAKE3 of its first and its last MiB, hexadecimal; empty where they show nothing across a restart of the host.
         ends: String,
         /// It was in use all the same (mounted, through the device mapper): after a restart of the host nothing is known.
         in_use: bool,
@@ -73,6 +73,8 @@ pub(crate) enum Doubt {
     WasInUse,
     /// First or last MiB have other content than before the restart of the host.
     Ends,
+    /// They hold nothing that every use would have changed, and the host was restarted since.
+    Undated,
     /// An image file was changed.
     Changed,
     /// It cannot be looked at.
@@ -91,6 +93,9 @@ impl fmt::Display for Doubt {
             Self::NotCounted => f.write_str("the kernel does not count its writes (queue/iostats is 0)"),
             Self::WasInUse => f.write_str("it was in use at the last stop, and the host was restarted since"),
             Self::Ends => f.write_str("its first or last MiB has changed across a restart of the host"),
+            Self::Undated => f.write_str(
+                "the host was restarted since, and it begins with no file system that notes its use (ext4, XFS, btrfs)",
+            ),
             Self::Changed => f.write_str("the file was changed"),
             Self::Unseen(error) => write!(f, "it cannot be looked at: {error}"),
         }
@@ -124,7 +129,8 @@ impl Evidence {
     pub(crate) fn of_device(device: &Path, counters: Counters, in_use: bool) -> std::result::Result<Self, Doubt> {
         let boot = attach::boot_text().map_err(|error| Doubt::Unseen(crate::error::chain(&error)))?;
         // What changes at this very moment is no evidence.
-        let ends = if in_use { String::new() } else { ends(device)? };
+        let ends = if in_use { None } else { ends(device)? };
+        let ends = ends.unwrap_or_default();
         Ok(Self::Device { boot, counters, ends, in_use })
     }
 
@@ -147,7 +153,8 @@ impl Evidence {
             Self::Device { .. } if !is_device => Err(Doubt::Another),
             Self::Device { .. } if self.is_of_this_boot()? => Ok(()),
             Self::Device { in_use: true, .. } => Err(Doubt::WasInUse),
-            Self::Device { ends: known, .. } if ends(source)? != *known => Err(Doubt::Ends),
+            Self::Device { ends: known, .. } if known.is_empty() => Err(Doubt::Undated),
+            Self::Device { ends: known, .. } if ends(source)?.as_ref() != Some(known) => Err(Doubt::Ends),
             Self::Device { .. } => Ok(()),
             Self::File { .. } if is_device => Err(Doubt::Another),
             Self::File { inode, .. } => match Self::of_file(source)? {
@@ -222,8 +229,19 @@ fn changed_just_now(file: &Path) -> io::Result<bool> {
     Ok(clock::wall().0.saturating_sub(changed) < TIME_STEP_NS)
 }
 
-/// Hash of a device's first and last MiB, past the page cache.
-fn ends(device: &Path) -> io::Result<String> {
+/// Whether a device that begins like this has a file system that is written there with every use: ext2 to ext4 note each mount, XFS of
+/// version 5 the sequence number of its last change, btrfs its generation. What stands in another place (partitions, LVM, LUKS: after the
+/// first MiB, or without any note) may be used for years and leave no trace here.
+fn notes_its_use(start: &[u8]) -> bool {
+    let holds = |at: usize, magic: &[u8]| start.get(at..at + magic.len()) == Some(magic);
+    let ext = holds(0x438, &[0x53, 0xef]);
+    let xfs = holds(0, b"XFSB") && start.get(101).is_some_and(|version| version & 0xf >= 5);
+    let btrfs = holds(0x1_0040, b"_BHRfS_M");
+    ext || xfs || btrfs
+}
+
+/// Hash of a device's first and last MiB, past the page cache. None: it would not show every use.
+fn ends(device: &Path) -> io::Result<Option<String>> {
     let open = |flags| File::options().read(true).custom_flags(flags | libc::O_CLOEXEC).open(device);
     // Files stand in for devices in tests, on file systems without direct I/O.
     let file = open(libc::O_DIRECT).or_else(|_| open(0))?;
@@ -233,9 +251,12 @@ fn ends(device: &Path) -> io::Result<String> {
     let mut piece = AlignedBuf::zeroed(len);
     for offset in [0, size - len as u64] {
         file.read_exact_at(&mut piece, offset)?;
+        if offset == 0 && !notes_its_use(&piece) {
+            return Ok(None);
+        }
         hasher.update(&piece);
     }
-    Ok(hasher.finalize().to_hex().to_string())
+    Ok(Some(hasher.finalize().to_hex().to_string()))
 }
 
 #[cfg(test)]
@@ -327,20 +348,44 @@ mod tests {
         }
     }
 
-    /// Goal: of a device the ends count, and only across a restart. Method: a file stands in for it.
+    /// Goal: of a device the ends count, and only where they show every use. Method: a file stands in for it.
     #[test]
     fn both_ends_are_hashed() {
         let image = Image::new(4 * MIB);
+        assert_eq!(ends(&image.path()).expect("read"), None, "nothing notes its use");
+        let file = File::options().write(true).open(image.path()).expect("there");
+        file.write_all_at(&[0x53, 0xef], 0x438).expect("room");
         let first = ends(&image.path()).expect("read");
+        assert!(first.is_some());
         image.write(2 * MIB);
         assert_eq!(ends(&image.path()).expect("read"), first, "the middle is not in it");
         image.write(4 * MIB - 512);
         let second = ends(&image.path()).expect("read");
         assert_ne!(second, first);
-        image.write(1024);
+        image.write(4096);
         assert_ne!(ends(&image.path()).expect("read"), second);
         let small = Image::new(4096);
-        assert!(ends(&small.path()).is_ok());
+        assert_eq!(ends(&small.path()).expect("read"), None);
+    }
+
+    /// Goal: file systems that note their use are known by what mkfs writes, and what only leads to one elsewhere is not taken for one.
+    #[test]
+    fn what_notes_its_use_is_known() {
+        let with = |at: usize, bytes: &[u8]| {
+            let mut start = vec![0; END_BYTES];
+            start[at..at + bytes.len()].copy_from_slice(bytes);
+            start
+        };
+        let mut xfs = with(0, b"XFSB");
+        assert!(!notes_its_use(&xfs), "version 4 notes nothing at a mount");
+        xfs[100..102].copy_from_slice(&[0xb4, 0xb5]);
+        assert!(notes_its_use(&xfs));
+        assert!(notes_its_use(&with(0x438, &[0x53, 0xef])) && notes_its_use(&with(0x1_0040, b"_BHRfS_M")));
+        for other in
+            [with(510, &[0x55, 0xaa]), with(512, b"LABELONE"), with(0, b"LUKS\xba\xbe"), with(0, b""), Vec::new()]
+        {
+            assert!(!notes_its_use(&other));
+        }
     }
 
     /// Goal: evidence survives the state directory as it is.

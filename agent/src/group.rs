@@ -101,9 +101,14 @@ impl Group {
             name: name.clone(),
             host_name: identity.name.clone(),
         };
-        // Once anything is served it shows nothing any more. Written with the state, before that.
-        let evidence: BTreeMap<u16, Evidence> =
-            state.volumes.iter_mut().filter_map(|volume| Some((volume.index, volume.evidence.take()?))).collect();
+        // Once anything is served it shows nothing any more. Written with the state, before that; of a volume behind the device mapper
+        // only when it is in the path again and what was asked is marked: if that start is cut off in between, the next one finds a
+        // device in the path and evidence all the same, and knows that nobody has asked.
+        let of = |volume: &mut VolumeState| {
+            let kept = if volume.mapped.is_some() { volume.evidence.clone() } else { volume.evidence.take() };
+            Some((volume.index, kept?))
+        };
+        let evidence: BTreeMap<u16, Evidence> = state.volumes.iter_mut().filter_map(of).collect();
         let volumes = state.volumes.clone();
         let mut found = Found::of(&volumes);
         let surviving = |volume: &&VolumeState| match volume.mapped {
@@ -174,7 +179,10 @@ impl Group {
                 continue;
             }
             let proof = proofs.get(&volume.index);
-            if let Some(Err(doubt)) = proof {
+            if volume.evidence.is_some() && found.waiting.contains_key(&volume.index) {
+                let reason = "the last start was cut off before it was known whether somebody had written to it";
+                shared.bypassed(VolumeIndex(volume.index), reason);
+            } else if let Some(Err(doubt)) = proof {
                 shared.bypassed(VolumeIndex(volume.index), &doubt.to_string());
             } else if proof.is_none() && volume.mapped.is_none() && attached.clean && content != Content::Unknown {
                 shared.bypassed(VolumeIndex(volume.index), &Doubt::Nothing.to_string());
@@ -229,6 +237,7 @@ impl Group {
                 group.note_waiting(VolumeIndex(volume.index), attached);
             }
         }
+                group.forget_evidence(&volume);
         for volume in pending {
             let nothing = "its device was taken out of the path without an orderly stop";
             let known = evidence.get(&volume.index).cloned();
@@ -239,10 +248,23 @@ impl Group {
             }
         }
         Ok(group)
+            group.forget_evidence(&volume);
     }
 
     fn places(&self) -> MutexGuard<'_, BTreeMap<VolumeIndex, Place>> {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What was noted of `volume` at the last stop has been asked.
+    fn forget_evidence(&self, volume: &VolumeState) {
+        if volume.evidence.is_some() {
+            // If it stays, the next start compares.
+            self.shared.update_state(|state| {
+                if let Some(known) = state.volumes.iter_mut().find(|known| known.index == volume.index) {
+                    known.evidence = None;
+                }
+            });
+        }
+    }
+
     }
 
     fn served(&self) -> MutexGuard<'_, BTreeMap<VolumeIndex, Served>> {

@@ -138,17 +138,17 @@ impl Group {
             Trust::Evidence(evidence) => evidence.check_content(&mapped.upper).map_err(|doubt| doubt.to_string()),
             Trust::Compare(reason) => Err(reason.clone()),
         };
+        // At once: a kill after the swap must find it marked.
+        if let Err(reason) = &before {
+            self.shared.bypassed(index, reason);
+        }
         self.attach(&interposer, &volume, &mapped)?;
         let below = mapped.stub.as_ref().map(|_| volume.source.as_path());
         // What went past us has ended by now, and is counted.
-        let proof = before.and_then(|()| match &trust {
-            Trust::Evidence(evidence) => {
-                evidence.check_counters(&mapped.upper, below).map_err(|doubt| doubt.to_string())
-            }
-            Trust::Compare(_) => Ok(()),
-        });
-        if let Err(reason) = proof {
-            self.shared.bypassed(index, &reason);
+        if let (Ok(()), Trust::Evidence(evidence)) = (before, &trust)
+            && let Err(doubt) = evidence.check_counters(&mapped.upper, below)
+        {
+            self.shared.bypassed(index, &doubt.to_string());
         }
         self.begin_sync(index);
         self.shared.alarms.clear(code::UNAVAILABLE, &self.shared.volume_subject(index));
@@ -300,7 +300,14 @@ impl Group {
         }
         let users = DevNo::of(&mapped.upper).and_then(|upper| Interposer::open()?.users(upper));
         let in_use = !users.is_ok_and(|users| users == 0);
-        Ok(counters.and_then(|counters| Evidence::of_device(&mapped.upper, counters, in_use)))
+        Ok(counters.and_then(|counters| {
+            let evidence = Evidence::of_device(&mapped.upper, counters, in_use)?;
+            // Somebody may have come and gone since it left the path: what he wrote is in the hash, which says nothing then.
+            if in_use || Counters::read(&mapped.upper)? == counters {
+                return Ok(evidence);
+            }
+            Evidence::of_device(&mapped.upper, counters, true)
+        }))
     }
 
     /// Looks whether requests still go the way that they should, and does what can be done if not. To be called every second or so. `true`:

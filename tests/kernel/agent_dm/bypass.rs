@@ -93,6 +93,15 @@ fn the_bypass_rule_decides() -> Result<()> {
             reactivate()?;
             ensure!(start_compares(rig, &[])?, "mounted in a life without Farshore");
         }
+        // What begins with nothing that notes its use is compared after a restart, for nothing would show it.
+        run(&format!("wipefs -qa {}", upper.display()))?;
+        ensure!(start_compares(rig, &[])?, "the file system was wiped");
+        ensure!(!start_compares(rig, &[])?, "nothing was written");
+        {
+            let _boot = OtherBoot::begin(4)?;
+            reactivate()?;
+            ensure!(start_compares(rig, &[])?, "nothing would show that it was written");
+        }
         rig.sites.start_agent()?;
         rig.unprotect("data").map(drop)
     })
