@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 
 use crate::alarms::{Alarm, Alarms, code};
 use crate::api::ProtectRequest;
+use crate::attach::ring_folder;
 use crate::config::AgentConfig;
 use crate::devices::{Access, Host, Protected, own_files};
 use crate::frontend::Frontend;
@@ -65,7 +66,7 @@ impl Agent {
         std::fs::create_dir_all(&config.state).map_err(|error| Error::io("create", &config.state, error))?;
         let storage = DirStorage::open(&config.state).map_err(|error| Error::io("open", &config.state, error))?;
         let store = StateDir::open(storage, &config.state, identity.vault, &identity.name)?;
-        std::fs::create_dir_all(&config.ring_dir).map_err(|error| Error::io("create", &config.ring_dir, error))?;
+        ring_folder(&config.ring_dir)?;
         let alarms = Arc::new(Alarms::default());
         let left = identity.not_after.since(clock::wall());
         if left < EXPIRY_WARNING {

@@ -1,6 +1,8 @@
 //! Finds or makes a group's ring at the start, and says what that means for source and replica.
 
 use std::collections::BTreeSet;
+use std::fs::DirBuilder;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -159,6 +161,29 @@ impl RingOwner {
     }
 }
 
+/// Makes the folder of the rings, if there is none, and looks whose it is.
+///
+/// # Errors
+/// [`Error::Refused`]: others could put files there, and so have the agent serve other devices, or keep it from serving.
+pub(crate) fn ring_folder(folder: &Path) -> Result<()> {
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
+    made.map_err(|error| Error::io("create", folder, error))?;
+    let status = std::fs::metadata(folder).map_err(|error| Error::io("look at", folder, error))?;
+    let own = nix::unistd::geteuid().as_raw();
+    let reason = if status.uid() != own {
+        format!("belongs to user {}, and the agent runs as user {own}", status.uid())
+    } else if status.mode() & 0o022 != 0 {
+        format!("may be written to by others (mode {:o})", status.mode() & 0o7777)
+    } else {
+        return Ok(());
+    };
+    Err(Error::Refused {
+        what: format!("ring folder {}", folder.display()),
+        reason,
+        hint: "set `ring_dir` to a folder of the agent alone, on a tmpfs".into(),
+    })
+}
+
 /// The ring of a group on `host`.
 pub(crate) fn ring_file(dir: &Path, host: &Name, group: &str) -> PathBuf {
     dir.join(format!("farshore-{host}-{group}.ring"))
@@ -263,6 +288,23 @@ mod tests {
         let missing = |volume| attached.ring.bitmap(volume, Which::Missing).expect("added").count_ones();
         assert_eq!((missing(0), missing(1)), (1, 0));
         assert_eq!(attached.content, Content::AsMarked);
+    }
+
+    /// Goal: a folder that others can write to is refused; one that is not there is made for the agent alone.
+    #[test]
+    fn rings_are_in_a_folder_of_ones_own() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().expect("a folder");
+        let own = folder.path().join("a/b");
+        ring_folder(&own).expect("made");
+        assert_eq!(std::fs::metadata(&own).expect("made").mode() & 0o777, 0o700);
+        for (mode, good) in [(0o755, true), (0o1777, false), (0o770, false)] {
+            std::fs::set_permissions(&own, std::fs::Permissions::from_mode(mode)).expect("ours");
+            let looked = ring_folder(&own);
+            assert_eq!(looked.is_ok(), good, "{mode:o}");
+            let text = looked.err().map(|error| error.to_string());
+            assert!(text.is_none_or(|text| text.contains("a/b") && text.contains("may be written to by others")));
+        }
     }
 
     /// Goal: while old I/O may still read from the ring's memory, that memory is not used again.

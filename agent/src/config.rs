@@ -11,6 +11,9 @@ use serde::{Deserialize, Deserializer};
 
 use crate::{Error, Result};
 
+/// Default of [`AgentConfig::ring_dir`].
+pub const RING_DIR: &str = "/dev/shm/farshore";
+
 /// What the file may say. Unknown keys are errors.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -116,7 +119,7 @@ pub struct AgentConfig {
     /// Bytes of each group's ring. Default 256 MiB or an eighth of the memory, whichever is less; from 8 MiB. A larger
     /// ring bridges a longer hiccup of the link before history becomes coarse, and costs that much locked memory.
     pub ring: u64,
-    /// Folder for ring files. Default `/dev/shm`: it must survive the process and should not survive the boot.
+    /// Folder for ring files, of the agent alone. Default [`RING_DIR`]: it must survive the process and should not survive the boot.
     pub ring_dir: PathBuf,
     /// Admin socket.
     pub socket: PathBuf,
@@ -223,7 +226,7 @@ impl AgentConfig {
             state: file.state.ok_or_else(|| missing("state"))?,
             upstream,
             ring,
-            ring_dir: file.ring_dir.unwrap_or_else(|| PathBuf::from("/dev/shm")),
+            ring_dir: file.ring_dir.unwrap_or_else(|| PathBuf::from(RING_DIR)),
             socket: file.socket.unwrap_or_else(|| PathBuf::from("/run/farshore/agent.sock")),
             connections,
             workers,

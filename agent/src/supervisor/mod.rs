@@ -63,6 +63,7 @@ use self::roster::{Process, Roster};
 pub(crate) use self::roster::{RosterDisk, forget_bypassed, was_bypassed};
 use self::upgrade::{Checked, Reply, Trial};
 use self::watch::Watch;
+use crate::attach::ring_folder;
 use crate::config::AgentConfig;
 use crate::frontend::surviving;
 use crate::{Error, Result, api, clock};
@@ -152,7 +153,7 @@ struct Supervisor<'a> {
 /// # Errors
 /// Another agent of this host runs; the sockets or this program cannot be used.
 pub fn run(config: &AgentConfig, host: &Name, command: WorkerCommand, notify: &dyn Fn(Notice)) -> Result<i32> {
-    std::fs::create_dir_all(&config.ring_dir).map_err(|error| Error::io("create", &config.ring_dir, error))?;
+    ring_folder(&config.ring_dir)?;
     let _lock = lock(&config.ring_dir, host)?;
     host::settle();
     let image = Image::own()?;

@@ -96,7 +96,10 @@ fn memory_lock(limit: u64, free: bool, ring: u64) -> Finding {
 fn ring_folder(host: &Host, ring: u64, folder: &Path) -> Finding {
     let check = "memory.ring-folder";
     let shown = folder.display();
-    let folder = host.path(folder.strip_prefix("/").unwrap_or(folder));
+    // The agent makes it, where there is none yet.
+    let below = |folder: &Path| host.path(folder.strip_prefix("/").unwrap_or(folder));
+    let above = folder.parent().filter(|above| above.parent().is_some() && !below(folder).exists());
+    let folder = below(above.unwrap_or(folder));
     let (Ok(room), Ok(kind)) = (nix::sys::statvfs::statvfs(&folder), nix::sys::statfs::statfs(&folder)) else {
         let means = "the ring has no place that survives the agent's death: every restart compares everything";
         return Finding::problem(check, format!("{shown} is not there"), means).mend("mount a tmpfs there");

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
-use farshore_agent::config::AgentFile;
+use farshore_agent::config::{AgentFile, RING_DIR};
 use serde_json::{Value, json};
 
 use crate::args::DoctorArgs;
@@ -115,7 +115,7 @@ impl Places {
             state: args.state.clone().or(file.state).or_else(|| usual.exists().then(|| usual.to_owned())),
             identity: file.identity,
             ring: file.ring.unwrap_or_else(|| daemon::memory_bytes().map_or(RING_MAX, |bytes| RING_MAX.min(bytes / 8))),
-            ring_dir: file.ring_dir.unwrap_or_else(|| "/dev/shm".into()),
+            ring_dir: file.ring_dir.unwrap_or_else(|| RING_DIR.into()),
             config,
         })
     }
