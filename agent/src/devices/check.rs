@@ -2,6 +2,7 @@
 //! opened, let alone changed, before it.
 
 use std::collections::BTreeSet;
+use std::fs::Metadata;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -12,7 +13,7 @@ use farshore_ublk::{Control, DeviceState};
 
 use super::graph::{Below, Graph};
 use super::mounts::{Places, unescaped};
-use super::users::named_opener;
+use super::users::{named_opener, writer};
 use super::{DeviceNo, FileNo, Protected, number};
 use crate::config::AgentConfig;
 use crate::{Error, Result};
@@ -178,7 +179,8 @@ impl Host {
             Access::Live => Ok(()),
             Access::Exclusive => {
                 self.check_mounts(refuse, thing)?;
-                self.check_devices_above(refuse, thing)
+                self.check_devices_above(refuse, thing)?;
+                self.check_writers(refuse, thing)
             }
         }
     }
@@ -320,6 +322,21 @@ impl Host {
             return refuse.because(reason, &hint);
         }
         Ok(())
+    }
+
+    /// A process that has the source or a partition of it open for writing would go on writing past us: opening it exclusively keeps no
+    /// such process out, only mounts and other devices. Readers may look.
+    fn check_writers(&self, refuse: &Refuse<'_>, thing: &Thing) -> Result<()> {
+        let is = |status: &Metadata| match thing {
+            Thing::Block(device) => {
+                let other = number(status.rdev());
+                status.file_type().is_block_device() && (other == *device || self.graph.disk_of(other) == Some(*device))
+            }
+            Thing::File(file, _) => (number(status.dev()), status.ino()) == *file,
+        };
+        let Some(who) = writer(is) else { return Ok(()) };
+        let hint = "end that process, and have it use the volume's own device; live, while it is in use, --dm protects device-mapper devices";
+        refuse.because(format!("{who} has it open for writing"), hint)
     }
 
     /// Device mapper and md claim what they stand on; a loop does not, and would write past us.

@@ -1,7 +1,11 @@
 //! Which process has a device open. What /proc hides (another user's, without root) is not seen.
 
+use std::fs::Metadata;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
+
+use nix::libc;
+
 
 /// A process that has the disk or a partition of it open.
 pub(crate) fn opener(disk: &Path) -> Option<u32> {
@@ -15,11 +19,41 @@ pub(crate) fn opener(disk: &Path) -> Option<u32> {
     })
 }
 
+/// A process other than this one that has open for writing what `is` recognises, for people: `process 812 (qemu-system-x86)`.
+pub(crate) fn writer(is: impl Fn(&Metadata) -> bool) -> Option<String> {
+    let processes = std::fs::read_dir("/proc").ok()?;
+    let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let mut others = pids.filter(|pid| *pid != std::process::id());
+    others.find(|pid| has_open_for_writing(*pid, &is)).map(named)
+}
+
+fn has_open_for_writing(pid: u32, is: impl Fn(&Metadata) -> bool) -> bool {
+    let Ok(files) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    files.flatten().any(|file| {
+        let name = file.file_name();
+        let flags = name.to_str().and_then(|number| open_flags(&format!("/proc/{pid}/fdinfo/{number}")));
+        // Asked first: looking at an open file of another file system might wait for a server that is gone.
+        let writes = flags.is_some_and(|flags| flags & libc::O_ACCMODE != libc::O_RDONLY && flags & libc::O_PATH == 0);
+        let is_file = || std::fs::read_link(file.path()).is_ok_and(|to| to.starts_with("/"));
+        writes && is_file() && std::fs::metadata(file.path()).is_ok_and(|status| is(&status))
+    })
+}
+
+/// Flags of an open file: octal, in proc_pid_fdinfo(5).
+fn open_flags(path: &str) -> Option<libc::c_int> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let flags = text.lines().find_map(|line| line.strip_prefix("flags:"))?;
+    libc::c_int::from_str_radix(flags.trim(), 8).ok()
+}
+
 /// [`opener`], for people: `process 812 (qemu-system-x86)`.
 pub(crate) fn named_opener(disk: &Path) -> Option<String> {
-    let pid = opener(disk)?;
+    opener(disk).map(named)
+}
+
+fn named(pid: u32) -> String {
     let program = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-    Some(format!("process {pid} ({})", program_name(&program)))
+    format!("process {pid} ({})", program_name(&program))
 }
 
 /// The name of a program by the kernel's link to it, which says so if it was deleted or never had a file.
@@ -63,6 +97,29 @@ mod tests {
         {
             assert_eq!(program_name(Path::new(link)), name);
         }
+    }
+
+    /// Goal: who writes to a file is found, who reads it or once wrote to it is not. Method: another process with it open, each way.
+    #[test]
+    fn a_writer_is_found() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("a.img");
+        std::fs::write(&path, "").expect("room");
+        let status = std::fs::metadata(&path).expect("there");
+        let is = |other: &Metadata| (other.dev(), other.ino()) == (status.dev(), status.ino());
+        let found = |file: std::fs::File| {
+            let mut cat = std::process::Command::new("cat");
+            let mut child = cat.stdin(std::process::Stdio::piped()).stdout(file).spawn().expect("cat");
+            drop(cat);
+            let found = writer(is);
+            drop(child.stdin.take());
+            child.wait().expect("it ends");
+            (found, child.id())
+        };
+        let (who, pid) = found(std::fs::File::options().append(true).open(&path).expect("there"));
+        assert_eq!(who, Some(format!("process {pid} (cat)")));
+        assert_eq!(found(std::fs::File::open(&path).expect("there")).0, None, "a reader");
+        assert_eq!(writer(is), None);
     }
 
     #[test]

@@ -57,7 +57,7 @@ fn what_is_mounted_is_refused_with_its_mount_point() -> Result<()> {
     rig.stop()
 }
 
-/// Goal: what others stand on is refused, with their name: volumes of LVM, loops (which claim nothing), a process.
+/// Goal: what others stand on is refused, with their name: volumes of LVM, loops (which claim nothing), processes.
 #[test]
 fn what_is_used_is_refused_with_its_user() -> Result<()> {
     machine()?;
@@ -87,6 +87,11 @@ fn what_is_used_is_refused_with_its_user() -> Result<()> {
     let said = rig.refused(DISK_4096, "is in use")?;
     ensure!(said.contains(&format!("process {} (", std::process::id())), "who has it is not named: {said}");
     drop(held);
+    // As QEMU and databases open a disk: nothing in the kernel is in the way of that.
+    let writer = File::options().read(true).write(true).open(DISK_4096)?;
+    let said = rig.refused(DISK_4096, "has it open for writing")?;
+    ensure!(said.contains(&format!("process {} (", std::process::id())), "who has it is not named: {said}");
+    drop(writer);
 
     // Nothing of all that is in the way any more.
     for (source, name) in [(ONE, "one"), (DISK_4096, "other")] {
