@@ -140,10 +140,10 @@ impl Input {
         for volume in self.volumes.iter().flatten() {
             if volume.source.starts_with("/dev") {
                 units.insert(format!("{}.device", escaped_path(&volume.source)));
-            } else {
-                let holds = |entry: &&Entry| volume.source.starts_with(&entry.point);
-                let deepest = self.mounts.iter().filter(holds).max_by_key(|entry| entry.point.components().count());
-                units.extend(deepest.map(|entry| entry.unit.clone()));
+            } else if let Some(deepest) =
+                self.below(volume).into_iter().max_by_key(|entry| entry.point.components().count())
+            {
+                units.insert(deepest.unit.clone());
             }
         }
         for unit in units {
@@ -152,9 +152,24 @@ impl Input {
         text
     }
 
-    /// The agent cannot start without this mount, so it cannot wait for the agent.
+    /// The agent waits for this mount, so it cannot wait for the agent.
     fn is_needed(&self, entry: &Entry) -> bool {
-        matches!(entry.point.to_str(), Some("/" | "/usr")) || self.own.iter().any(|path| path.starts_with(&entry.point))
+        let below_image = |volume: &Volume| self.below(volume).iter().any(|below| below.unit == entry.unit);
+        matches!(entry.point.to_str(), Some("/" | "/usr"))
+            || self.own.iter().any(|path| path.starts_with(&entry.point))
+            || self.volumes.iter().flatten().any(below_image)
+    }
+
+    /// The mounts that have to be there before the agent finds this volume's image file. None where one of them lies on a protected
+    /// volume, and waits for the agent: such an image is not found at boot.
+    fn below(&self, volume: &Volume) -> Vec<&Entry> {
+        if volume.source.starts_with("/dev") {
+            return Vec::new();
+        }
+        let below: Vec<_> = self.mounts.iter().filter(|entry| volume.source.starts_with(&entry.point)).collect();
+        let is_protected =
+            |entry: &&Entry| node(&entry.device).is_some_and(|node| matches!(self.is_protected(&node), Match::Yes(_)));
+        if below.iter().any(is_protected) { Vec::new() } else { below }
     }
 
     fn is_protected(&self, node: &str) -> Match {
@@ -292,6 +307,27 @@ mod tests {
             safe = wait("this is volume g/safe"),
         );
         assert_eq!(golden(&input), expected);
+    }
+
+    /// Goal: the agent and a file system that holds an image never wait for each other, which systemd would resolve by leaving one out.
+    /// Method: the image lies on a file system by UUID that might be a protected volume; on one below another; on one that is.
+    #[test]
+    fn nobody_waits_in_a_circle() {
+        let of = |image: &str| {
+            let mut input =
+                input(Some(vec![volume("g/data", "/dev/vg/data", None), volume("g/image", image, Some(7))]));
+            input.mounts = fstab(
+                "UUID=one /srv/one ext4 rw 0 2\n/dev/sdz1 /srv/one/two ext4 rw 0 0\n/dev/vg/data /srv/data xfs rw 0 2\n",
+            );
+            let drop_ins = input.drop_ins();
+            let waits =
+                |unit: &str| drop_ins.get(unit).is_some_and(|text| text.contains("After=farshore-agent.service"));
+            let waited = |unit: &str| drop_ins[UNIT].contains(&format!("After={unit}\n"));
+            ["srv-one.mount", "srv-one-two.mount", "srv-data.mount"].map(|unit| (waits(unit), waited(unit)))
+        };
+        assert_eq!(of("/srv/one/image"), [(false, true), (false, false), (true, false)]);
+        assert_eq!(of("/srv/one/two/image"), [(false, false), (false, true), (true, false)]);
+        assert_eq!(of("/srv/data/image"), [(true, false), (false, false), (true, false)]);
     }
 
     /// Goal: on a running system links tell what a UUID is.
