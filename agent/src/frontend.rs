@@ -107,7 +107,8 @@ impl Frontend {
                 server.map(Server::Nbd).map_err(|error| Error::failed(subject(), crate::error::chain(&error)))
             }
             Self::Ublk(wanted) => {
-                let server = match disk.and_then(surviving) {
+                let waiting = disk.map(surviving).transpose()?.flatten();
+                let server = match waiting {
                     Some(id) => farshore_ublk::Server::recover(id, TAKEOVER_MAX, device),
                     None => make(*wanted, disk.map(|disk| disk.id), &device),
                 };
@@ -164,13 +165,19 @@ impl Server {
         }
     }
 
+    /// Whether a block device is served no longer, though nobody asked for that.
+    pub(crate) fn has_failed(&self) -> bool {
+        matches!(self, Self::Ublk(server) if server.has_failed())
+    }
+
     /// What is to be kept of a device that outlives this process.
     pub(crate) fn disk(&self) -> Option<UblkDisk> {
         match self {
             Self::Nbd(_) => None,
             Self::Ublk(server) => {
                 let id = server.id();
-                Some(UblkDisk { id, sequence: sequence(id), boot: attach::boot_text().unwrap_or_default() })
+                let sequence = sequence(id).ok().flatten();
+                Some(UblkDisk { id, sequence, boot: attach::boot_text().unwrap_or_default() })
             }
         }
     }
@@ -215,17 +222,26 @@ impl Server {
 }
 
 /// The device that a dead agent served and that waits for the next one: the very same, not another of its number.
-pub(crate) fn surviving(disk: &UblkDisk) -> Option<u32> {
-    let same = disk.sequence.is_some()
-        && attach::boot_text().is_ok_and(|boot| boot == disk.boot)
-        && sequence(disk.id) == disk.sequence;
-    if !same {
-        return None;
+///
+/// # Errors
+/// It cannot be told (no memory, no descriptors): it is not to be given up for that.
+pub(crate) fn surviving(disk: &UblkDisk) -> Result<Option<u32>> {
+    if disk.sequence.is_none() || attach::boot_text()? != disk.boot {
+        return Ok(None);
     }
-    let info = Control::open().and_then(|control| control.info(disk.id)).ok()?;
+    let named = format!("device /dev/ublkb{}", disk.id);
+    let now = sequence(disk.id).map_err(|error| Error::failed(named.clone(), error))?;
+    if now != disk.sequence {
+        return Ok(None);
+    }
+    let info = match Control::open().and_then(|control| control.info(disk.id)) {
+        Ok(info) => info,
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NoDriver) => return Ok(None),
+        Err(error) => return Err(Error::failed(named, crate::error::chain(&error))),
+    };
     // Right after a kill the kernel may still call it live.
     let waits = matches!(info.state(), DeviceState::Live | DeviceState::Quiesced);
-    (waits && info.survives_its_server()).then_some(disk.id)
+    Ok((waits && info.survives_its_server()).then_some(disk.id))
 }
 
 /// Removes a device that waits for its server, for a volume that is given up.
@@ -233,7 +249,7 @@ pub(crate) fn surviving(disk: &UblkDisk) -> Option<u32> {
 /// # Errors
 /// [`Error::Refused`] while somebody uses it.
 pub(crate) fn remove_waiting(disk: &UblkDisk) -> Result<()> {
-    let Some(id) = surviving(disk) else { return Ok(()) };
+    let Some(id) = surviving(disk)? else { return Ok(()) };
     let control = Control::open().map_err(|error| ublk_error("front end", &error))?;
     let info = control.info(id).map_err(|error| ublk_error("front end", &error))?;
     let path = info.block_path();
@@ -273,9 +289,18 @@ fn ublk_error(subject: &str, error: &farshore_ublk::Error) -> Error {
 }
 
 /// The kernel's number of a disk: never given twice in one boot, whatever the disk is called.
-fn sequence(id: u32) -> Option<u64> {
-    let text = std::fs::read_to_string(format!("/sys/block/ublkb{id}/diskseq")).ok()?;
-    text.trim().parse().ok()
+/// None: there is no such disk, or the kernel has no such number.
+fn sequence(id: u32) -> std::io::Result<Option<u64>> {
+    match std::fs::read_to_string(format!("/sys/block/ublkb{id}/diskseq")) {
+        Ok(text) => Ok(text.trim().parse().ok()),
+        // The disk went away while it was read, in the second case.
+        Err(error)
+            if error.kind() == std::io::ErrorKind::NotFound || error.raw_os_error() == Some(nix::libc::ENODEV) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 #[cfg(test)]
@@ -296,9 +321,9 @@ mod tests {
     #[test]
     fn a_device_of_another_boot_or_of_none_does_not_survive() {
         let boot = attach::boot_text().expect("Linux");
-        assert_eq!(surviving(&UblkDisk { id: 1_048_575, sequence: None, boot: boot.clone() }), None);
-        assert_eq!(surviving(&UblkDisk { id: 1_048_575, sequence: Some(1), boot }), None);
-        assert_eq!(surviving(&UblkDisk { id: 0, sequence: Some(1), boot: "another".into() }), None);
+        assert_eq!(surviving(&UblkDisk { id: 1_048_575, sequence: None, boot: boot.clone() }).expect("told"), None);
+        assert_eq!(surviving(&UblkDisk { id: 1_048_575, sequence: Some(1), boot }).expect("told"), None);
+        assert_eq!(surviving(&UblkDisk { id: 0, sequence: Some(1), boot: "another".into() }).expect("told"), None);
     }
 
     /// Where there is no driver, it says which option is missing and what to do without; where there is one, all is well.

@@ -16,7 +16,7 @@ use farshore_proto::{BatchNo, ChainHash, Generation, GroupId, HostId, Incarnatio
 use farshore_streamer::{
     CaptureRing, Granularity, RingSource, StreamerConfig, StreamerHandle, StreamerStatus, VolumeSet,
 };
-use farshore_uring::{Backing, DirStorage, FileDevice};
+use farshore_uring::{Backing, BackingId, DirStorage, FileDevice};
 
 use crate::alarms::{Alarms, code};
 use crate::attach::{Attached, Predecessor, RingOwner};
@@ -113,7 +113,7 @@ impl Group {
         let mut found = Found::of(&volumes);
         let surviving = |volume: &&VolumeState| match volume.mapped {
             Some(_) => found.waiting.contains_key(&volume.index),
-            None => volume.ublk.as_ref().and_then(frontend::surviving).is_some(),
+            None => volume.ublk.as_ref().is_some_and(|disk| frontend::surviving(disk).is_ok_and(|id| id.is_some())),
         };
         let reissued: BTreeSet<u16> = volumes.iter().filter(surviving).map(|volume| volume.index).collect();
         let (unclean, asked) = (state.attached, Cell::new(false));
@@ -231,13 +231,15 @@ impl Group {
                 if reissued.contains(&volume.index) {
                     // Nobody knows whether what waits in the device will ever come. It is in the group, so this cannot fail.
                     let _ = group.shared.capture.resync(VolumeIndex(volume.index));
+                    // Its source is let go: the supervisor serves it, without a filter.
+                    group.shared.sync.remove(VolumeIndex(volume.index));
                 }
                 group.shared.volume_failed(&volume, &error);
             } else if let Some(attached) = found.waiting.remove(&volume.index) {
                 group.note_waiting(VolumeIndex(volume.index), attached);
+                group.forget_evidence(&volume);
             }
         }
-                group.forget_evidence(&volume);
         for volume in pending {
             let nothing = "its device was taken out of the path without an orderly stop";
             let known = evidence.get(&volume.index).cloned();
@@ -246,13 +248,11 @@ impl Group {
                 group.shared.volume_failed(&volume, &error);
                 group.out(VolumeIndex(volume.index));
             }
+            group.forget_evidence(&volume);
         }
         Ok(group)
-            group.forget_evidence(&volume);
     }
 
-    fn places(&self) -> MutexGuard<'_, BTreeMap<VolumeIndex, Place>> {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner)
     /// What was noted of `volume` at the last stop has been asked.
     fn forget_evidence(&self, volume: &VolumeState) {
         if volume.evidence.is_some() {
@@ -265,6 +265,8 @@ impl Group {
         }
     }
 
+    fn places(&self) -> MutexGuard<'_, BTreeMap<VolumeIndex, Place>> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn served(&self) -> MutexGuard<'_, BTreeMap<VolumeIndex, Served>> {
@@ -431,9 +433,20 @@ impl Group {
             let served = self.device(VolumeIndex(volume.index)).is_some();
             let name = format!("{group}/{}", volume.name);
             let backing = volume.backing_node().ok()?;
-            Some(RosterDisk { volume: name, group: group.clone(), disk, backing, served })
+            let identity = match volume.mapped {
+                None => volume.identity,
+                // Found by its own name just now.
+                Some(_) => BackingId::of_block_device(&backing).ok()?.0.as_str().to_owned(),
+            };
+            Some(RosterDisk { volume: name, group: group.clone(), disk, backing, identity, served })
         };
         self.volumes().into_iter().filter_map(disk_of).collect()
+    }
+
+    /// A volume whose block device this process serves no longer, though nobody asked for that.
+    pub(crate) fn lost_server(&self) -> Option<String> {
+        let lost = self.served().iter().find(|(_, served)| served.server.has_failed()).map(|(index, _)| *index);
+        lost.map(|index| self.shared.volume_subject(index))
     }
 
     /// What a guest opens; none while it cannot be served.

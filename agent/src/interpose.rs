@@ -196,7 +196,7 @@ impl Found {
         let Ok(interposer) = open() else { return found };
         for volume in volumes.iter().filter(|volume| volume.mapped.is_some()) {
             let attached = in_path(&interposer, volume).ok().flatten();
-            let ours = volume.ublk.as_ref().and_then(frontend::surviving);
+            let ours = volume.ublk.as_ref().and_then(|disk| frontend::surviving(disk).ok().flatten());
             let mut lowers: Vec<_> =
                 leftovers(&interposer, volume).iter().filter_map(|left| left.lower.node()).collect();
             lowers.extend(attached.iter().filter_map(|one| one.lower.node()));
@@ -221,7 +221,7 @@ impl Found {
 fn leftovers(interposer: &Interposer, volume: &VolumeState) -> Vec<Leftover> {
     let all = interposer.leftovers().unwrap_or_default();
     let number = volume.mapped.as_ref().and_then(|mapped| DevNo::of(&mapped.upper).ok());
-    let disk = volume.ublk.as_ref().and_then(frontend::surviving);
+    let disk = volume.ublk.as_ref().and_then(|disk| frontend::surviving(disk).ok().flatten());
     let is_ours = |left: &Leftover| {
         (number.is_some() && left.upper == number) || (disk.is_some() && left.through.and_then(DevNo::ublk_id) == disk)
     };

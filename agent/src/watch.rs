@@ -1,5 +1,5 @@
 //! Looks every second whether volumes behind the device mapper are still in the path of their users' requests: other tools
-//! (`lvextend`, `lvchange`) change tables, and nothing tells.
+//! (`lvextend`, `lvchange`) change tables, and nothing tells. And whether all block devices are still served.
 
 use std::collections::BTreeMap;
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
@@ -23,6 +23,10 @@ pub(crate) struct Watch {
 
 impl Watch {
     /// Watches `groups`, but not while somebody holds `changes`. `report` is told when a device has come or gone.
+    ///
+    /// Where the service of a block device has ended by itself (its queue panicked, its ring failed) this process ends as by a crash: the
+    /// kernel keeps the requests of all its devices for the next one. *(It could not serve that device again itself: what it holds of
+    /// the source, and of the ring, is in an unknown state. An orderly stop would take the other devices from their users.)*
     pub(crate) fn start(
         groups: Arc<RwLock<BTreeMap<Name, Arc<Group>>>>,
         changes: Arc<Mutex<()>>,
@@ -34,6 +38,13 @@ impl Watch {
                 // Whoever holds it looks himself, or makes what is to be looked at later.
                 let Ok(_changes) = changes.try_lock() else { continue };
                 let all: Vec<_> = groups.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+                if let Some(volume) = all.iter().find_map(|group| group.lost_server()) {
+                    tracing::error!(
+                        volume,
+                        "its block device is served no longer: this process makes room for another"
+                    );
+                    std::process::abort();
+                }
                 let changed = all.iter().filter(|group| group.watch_mapped()).count();
                 if changed > 0 {
                     report(&all);

@@ -257,6 +257,7 @@ mod tests {
             group: group.into(),
             disk: UblkDisk { id, sequence: Some(1), boot: String::new() },
             backing: "/dev/sdb".into(),
+            identity: String::new(),
             served: true,
         };
         let shown = Shown {

@@ -6,16 +6,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use farshore_proto::Name;
-use farshore_ublk::{Server, ServerHandle, Stop};
-use farshore_uring::{BackingOptions, Direct, FileDevice};
+use farshore_ublk::dm::{DevNo, Interposer};
+use farshore_ublk::{Control, DeviceState, Server, ServerHandle, Stop};
+use farshore_uring::{BackingId, BackingOptions, Direct, FileDevice};
 
 use super::roster::{RosterDisk, mark_bypassed};
 use crate::attach::ring_file;
 use crate::frontend::surviving;
-use crate::{Error, Result};
+use crate::{Error, Result, clock};
 
 /// How long one try waits for the kernel to end the dead worker's I/O. The supervisor watches nothing meanwhile, and tries again.
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Between two looks whether the kernel has closed the rings of a device that was let go.
+const LET_GO_LOOK: Duration = Duration::from_millis(5);
 
 /// The pass-through. Dropping it ends nothing: its threads serve for as long as the process lives.
 pub(crate) struct Bypass {
@@ -50,17 +54,11 @@ impl Bypass {
             // A queue of it failed.
             server.abandon();
         }
-        let Some(id) = surviving(&disk.disk) else {
+        let Some(id) = surviving(&disk.disk)? else {
             return Err(Error::failed(&*disk.volume, "its block device is gone"));
         };
-        let options = BackingOptions { direct: self.direct, read_only: false };
-        // Exclusively: so nobody else serves it, and the dead worker's I/O has ended.
-        let device = FileDevice::open(&disk.backing, options).map_err(|error| failed(&error))?;
-        let ring = ring_file(&self.ring_dir, &self.host, &disk.group);
-        if let Err(error) = mark_bypassed(&self.ring_dir, &self.host, &disk.group, &ring) {
-            // Guests come first; the alarm stays until a worker has read the group's state.
-            tracing::error!(group = disk.group, %error, "that writes go past the filter cannot be noted: run `farshore resync` later");
-        }
+        let device = open_same(disk, self.direct)?;
+        self.note(disk);
         let server = Server::recover(id, PATIENCE, Arc::new(device)).map_err(|error| failed(&error))?;
         tracing::error!(volume = disk.volume, id, "served without capture: nothing protects this volume now");
         self.served.insert(id, server);
@@ -75,8 +73,28 @@ impl Bypass {
         any
     }
 
-    /// Removes devices that nobody uses, and lets go of the others, which wait for the next supervisor.
-    pub(crate) fn stop(&mut self) {
+    /// Notes that writes to the group of `disk` go past the filter.
+    fn note(&self, disk: &RosterDisk) {
+        let ring = ring_file(&self.ring_dir, &self.host, &disk.group);
+        if let Err(error) = mark_bypassed(&self.ring_dir, &self.host, &disk.group, &ring) {
+            // Guests come first; the alarm stays until a worker has read the group's state.
+            tracing::error!(group = disk.group, %error, "that writes go past the filter cannot be noted: run `farshore resync` later");
+        }
+    }
+
+    /// For an end that no worker is there to make: takes volumes out from below the device mapper, whose users go on, removes devices
+    /// that nobody uses, and lets go of the others, which wait for the next supervisor. `disks`: all that a worker served.
+    pub(crate) fn stop(&mut self, disks: &[RosterDisk]) {
+        for disk in disks {
+            if let Err(error) = self.take_out(disk) {
+                let error = crate::error::chain(&error);
+                tracing::error!(
+                    volume = disk.volume,
+                    error,
+                    "users of this volume wait for the next agent; `farshore doctor --repair --abandon` frees them"
+                );
+            }
+        }
         for (id, server) in std::mem::take(&mut self.served) {
             let in_use = crate::devices::opener(&server.block_path()).is_some();
             match if in_use { None } else { Some(server.stop(Stop::IfUnused)) } {
@@ -91,5 +109,93 @@ impl Bypass {
                 }
             }
         }
+    }
+
+    /// Gives the upper of a volume behind the device mapper its own table again. Of other volumes, and of those that a worker has taken
+    /// out, there is nothing to do.
+    fn take_out(&mut self, disk: &RosterDisk) -> Result<()> {
+        let failed = |error: farshore_ublk::Error| Error::failed(&*disk.volume, crate::error::chain(&error));
+        // Without a device mapper nothing stands below it.
+        let Ok(interposer) = Interposer::open() else { return Ok(()) };
+        let is_of = |through: DevNo| through.ublk_id() == Some(disk.disk.id);
+        let interposed = interposer.list().map_err(failed)?;
+        if surviving(&disk.disk)?.is_none() || !interposed.iter().any(|one| is_of(one.through)) {
+            return Ok(());
+        }
+        self.note(disk);
+        if let Some(server) = self.served.remove(&disk.disk.id) {
+            server.abandon();
+        }
+        let deadline = clock::now().plus(PATIENCE);
+        // What a living process serves is no leftover; the kernel closes a ring in its own time.
+        while Control::open()
+            .and_then(|control| control.info(disk.disk.id))
+            .is_ok_and(|info| info.state() == DeviceState::Live)
+            && clock::now() < deadline
+        {
+            std::thread::park_timeout(LET_GO_LOOK);
+        }
+        let left = interposer.leftovers().map_err(failed)?;
+        for left in left.iter().filter(|left| left.through.is_some_and(is_of)) {
+            tracing::warn!(
+                volume = disk.volume,
+                left = left.description,
+                "no worker does it: taken out of the path, everything is compared"
+            );
+            interposer.repair(left).map_err(failed)?;
+        }
+        Ok(())
+    }
+}
+
+/// Opens what a device stands on, exclusively: so nobody else serves it, and the dead worker's I/O has ended.
+///
+/// # Errors
+/// When it cannot be opened, or another device or file is in its place.
+fn open_same(disk: &RosterDisk, direct: Direct) -> Result<FileDevice> {
+    let options = BackingOptions { direct, read_only: false };
+    let device = FileDevice::open(&disk.backing, options);
+    let device = device.map_err(|error| Error::failed(&*disk.volume, crate::error::chain(&error)))?;
+    let found = &device.backing().id;
+    if found.is_same_but_for_size(&BackingId::from_text(disk.identity.clone())) {
+        return Ok(device);
+    }
+    let reason = format!(
+        "{} is another than the one protected ({found} is not {}): its users wait until that is back",
+        disk.backing.display(),
+        disk.identity
+    );
+    Err(Error::failed(&*disk.volume, reason))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::UblkDisk;
+
+    /// Goal: what has taken the source's place is not written to. Method: an image file, and another one moved to its name.
+    #[test]
+    fn another_thing_in_the_place_is_not_opened() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (image, other) = (folder.path().join("a.img"), folder.path().join("b.img"));
+        for path in [&image, &other] {
+            std::fs::File::create(path).and_then(|file| file.set_len(1 << 20)).expect("room");
+        }
+        let options = BackingOptions { direct: Direct::Off, read_only: false };
+        let identity = FileDevice::open(&image, options).expect("an image").backing().id.as_str().to_owned();
+        let disk = RosterDisk {
+            volume: "g/v".into(),
+            group: "g".into(),
+            disk: UblkDisk { id: 0, sequence: None, boot: String::new() },
+            backing: image.clone(),
+            identity,
+            served: false,
+        };
+        open_same(&disk, Direct::Off).expect("the same");
+        std::fs::File::options().write(true).open(&image).and_then(|file| file.set_len(2 << 20)).expect("room");
+        open_same(&disk, Direct::Off).expect("it has grown");
+        std::fs::rename(&other, &image).expect("room");
+        let error = open_same(&disk, Direct::Off).map(drop).expect_err("another").to_string();
+        assert!(error.contains("g/v") && error.contains("is another than the one protected"), "{error}");
     }
 }

@@ -68,7 +68,8 @@ impl SupervisorLink {
         let old = Roster::read(&self.ring_dir, &self.host);
         for mut left in old.disks {
             let known = disks.iter().any(|disk| disk.disk.id == left.disk.id);
-            if !known && surviving(&left.disk).is_some() {
+            // One of which nothing can be told is not forgotten.
+            if !known && surviving(&left.disk).map_or(true, |id| id.is_some()) {
                 left.served = false;
                 disks.push(left);
             }

@@ -92,7 +92,7 @@ pub(crate) struct Machine {
     worker: Worker,
     /// Failures without steady service between.
     crashes: u32,
-    /// So many block devices are served by nobody; since when they have not become fewer.
+    /// So many block devices are served by nobody; since when they are as many.
     unserved: Option<(Now, usize)>,
     /// I/O of a dead worker is still with a disk: nobody can be served before it has ended.
     disks_busy: bool,
@@ -196,7 +196,8 @@ impl Machine {
         // Some queue of the pass-through failed.
         self.bypassed = false;
         self.unserved = match self.unserved {
-            Some((since, before)) if count >= before => Some((since, count)),
+            Some((since, before)) if count == before => Some((since, count)),
+            // The time of those that came: one that nobody can serve must not make the others pass by a worker that is about to.
             Some(_) | None => Some((now, count)),
         };
     }
@@ -484,6 +485,32 @@ mod tests {
         assert_eq!(rig.machine.poll_order(rig.now), None, "it gets on");
         rig.pass(1000);
         assert_eq!(rig.machine.poll_order(rig.now), Some(Order::Bypass));
+    }
+
+    /// Goal: a disk that nobody can serve, for hours, does not make the guests of the others pass by a worker that is killed and comes
+    /// back. Method: one unserved all the time, more for the time of a start.
+    #[test]
+    fn one_lost_disk_does_not_pass_the_others_by() {
+        let mut rig = Rig::new(false);
+        rig.ready();
+        let look = |rig: &mut Rig, unserved| {
+            rig.machine.handle_unserved(rig.now, unserved, false);
+            rig.machine.poll_order(rig.now)
+        };
+        for _ in 0..60 {
+            rig.pass(60_000);
+            if look(&mut rig, 1) == Some(Order::Bypass) {
+                rig.machine.handle_bypassed(rig.now, false);
+            }
+        }
+        rig.ended(KILLED);
+        assert_eq!(look(&mut rig, 4), Some(Order::Start));
+        rig.pass(800);
+        assert_eq!(look(&mut rig, 4), None);
+        rig.machine.handle_ready(rig.now);
+        assert_eq!(look(&mut rig, 1), None);
+        rig.pass(5000);
+        assert_eq!(look(&mut rig, 1), Some(Order::Bypass), "that one is tried again");
     }
 
     /// Goal: a supervisor that comes later watches the worker that is there.

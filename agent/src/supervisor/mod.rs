@@ -209,7 +209,9 @@ pub fn run(config: &AgentConfig, host: &Name, command: WorkerCommand, notify: &d
         supervisor.follow(worker.pid);
     }
     let code = supervisor.run(&inbox);
-    supervisor.bypass.stop();
+    // As the worker has left it, or as its death did.
+    let disks = Roster::read(&config.ring_dir, host).disks;
+    supervisor.bypass.stop(&disks);
     for socket in [&config.socket, &supervisor_socket(&config.socket)] {
         // The names are ours; sockets left behind are replaced at the next start.
         let _ = std::fs::remove_file(socket);
@@ -263,8 +265,17 @@ impl Supervisor<'_> {
             self.show();
             (self.notify)(Notice::Alive);
             if self.become_at.is_some_and(|at| now >= at) {
-                self.become_at = None;
-                self.become_image();
+                // What was said to this program the next one would not hear.
+                match inbox.try_recv() {
+                    Ok(event) => {
+                        self.handle(now, event);
+                        continue;
+                    }
+                    Err(_) => {
+                        self.become_at = None;
+                        self.become_image();
+                    }
+                }
             }
             let soon = !self.machine.is_serving() || self.become_at.is_some();
             match inbox.recv_timeout(if soon { LOOK_SOON } else { LOOK }) {
@@ -290,6 +301,7 @@ impl Supervisor<'_> {
             Event::Stop => {
                 tracing::info!("stopping in order");
                 (self.notify)(Notice::Stopping);
+                self.become_at = None;
                 self.machine.handle_stop();
             }
             Event::Reload => {
@@ -353,7 +365,7 @@ impl Supervisor<'_> {
     fn unserved(&self) -> impl Iterator<Item = &RosterDisk> {
         let by_worker = |disk: &RosterDisk| self.worker.is_some_and(|worker| self.roster.serves(worker.pid, disk));
         let alone = move |disk: &&RosterDisk| !by_worker(disk) && !self.bypass.serves(disk.disk.id);
-        self.roster.disks.iter().filter(alone).filter(|disk| surviving(&disk.disk).is_some())
+        self.roster.disks.iter().filter(alone).filter(|disk| surviving(&disk.disk).map_or(true, |id| id.is_some()))
     }
 
     fn look_for_hangs(&mut self, now: Now) {
@@ -374,6 +386,14 @@ impl Supervisor<'_> {
     fn worker_is_ready(&mut self, now: Now, worker: Running) {
         tracing::info!(pid = worker.pid, after = ?now.since(worker.since), "the worker serves");
         self.tell_ready();
+        let left = self.unserved().count();
+        if self.trial.as_ref().is_some_and(|trial| left > trial.unserved) {
+            self.fail_trial(&format!("left {left} block device(s) unserved"));
+            if let Some(order) = self.machine.handle_replace(now) {
+                self.obey(now, order);
+            }
+            return;
+        }
         let Some(trial) = self.trial.take() else { return };
         let pause = now.since(trial.begun);
         tracing::info!(version = trial.abilities.version, ?pause, "the new program serves");

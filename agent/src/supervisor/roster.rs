@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 use crate::state::UblkDisk;
 use crate::{Error, Result};
 
-/// Of the file. One of another format is not read: its devices are found by the worker.
-const FORMAT: u32 = 1;
+/// Of the file. One of another format is not read: its devices are found by the worker. 2 added `identity`.
+const FORMAT: u32 = 2;
 /// Longest file that is read: 64 groups of 16 volumes with long paths.
 const BYTES_MAX: u64 = 4 << 20;
 
@@ -39,6 +39,8 @@ pub(crate) struct RosterDisk {
     pub disk: UblkDisk,
     /// What it stands on: a block device, or an image file.
     pub backing: PathBuf,
+    /// What is known of that, so that nothing else in its place is written to.
+    pub identity: String,
     /// The worker serves it.
     pub served: bool,
 }
@@ -190,12 +192,13 @@ mod tests {
             group: "g".into(),
             disk: UblkDisk { id: 3, sequence: Some(9), boot: "b".into() },
             backing: "/dev/sdb".into(),
+            identity: "block serial=1 size=512".into(),
             served: true,
         };
         let roster = Roster::new(Process::own(), true, vec![disk]);
         roster.write(dir, &host()).expect("room");
         assert_eq!(Roster::read(dir, &host()), roster);
-        for bad in ["", "{", "{\"format\":2,\"worker\":null,\"ready\":true,\"disks\":[]}"] {
+        for bad in ["", "{", "{\"format\":3,\"worker\":null,\"ready\":true,\"disks\":[]}"] {
             std::fs::write(Roster::file(dir, &host()), bad).expect("room");
             assert_eq!(Roster::read(dir, &host()), Roster::default(), "{bad}");
         }

@@ -49,6 +49,8 @@ pub(super) struct Trial {
     /// The old worker has ended, and one of the new program was started.
     pub(super) started: bool,
     pub(super) abilities: Abilities,
+    /// Block devices that nobody served before it, for reasons of their own.
+    pub(super) unserved: usize,
     pub(super) reply: Reply,
 }
 
@@ -82,7 +84,8 @@ impl Supervisor<'_> {
         tracing::info!(version = abilities.version, binary = %checked.binary.display(), "another program takes over");
         let now = clock::now();
         let old = std::mem::replace(&mut self.image, image);
-        self.trial = Some(Trial { old, begun: now, started: false, abilities, reply: checked.reply });
+        let unserved = self.unserved().count();
+        self.trial = Some(Trial { old, begun: now, started: false, abilities, unserved, reply: checked.reply });
         if let Some(order) = self.machine.handle_replace(now) {
             self.obey(now, order);
         }

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::Rig;
 use crate::dm::{Writer, logical_volumes, mapped, no_strays, table, unmapped};
-use crate::rig::{DISK_512, Fio, Mounted, fio, pattern, run};
+use crate::rig::{DISK_512, Fio, Mounted, fio, pattern, run, until};
 
 const LOAD: &str = "--rw=randwrite --bsrange=4k-32k --size=8m --iodepth=8 --rate=2m --verify=crc32c --fsync=64";
 const KILLS: usize = 4;
@@ -136,6 +136,44 @@ fn an_agent_stops_and_starts_below_a_mounted_file_system() -> Result<()> {
         rig.check_replica(&["ext4"], &[mounted.folder()])?;
         ensure!(rig.alarm("volume.bypassed")?.is_none(), "it is compared by now");
         mounted.unmount()
+    })
+}
+
+/// Goal: an agent that is stopped while none of its workers comes up leaves nobody waiting: users go on by their own tables, and the
+/// next start compares. Method: workers find no identity; a stop before the pass-through has begun, and while it serves.
+#[test]
+fn a_stop_without_a_worker_leaves_nobody_waiting() -> Result<()> {
+    Rig::test_with_errors(|rig| {
+        let upper = &logical_volumes(&["96M"])?[0];
+        let original = table(upper)?;
+        run(&format!("mkfs.ext4 -q -E lazy_itable_init=0,nodiscard {}", upper.display()))?;
+        let mounted = Mounted::new(upper)?;
+        let writer = Writer::start(&mounted.folder().join("gap"))?;
+        rig.protect_live(upper, "ext4")?;
+        let (identity, aside) = (rig.sites.path("agent.bundle"), rig.sites.path("agent.bundle.aside"));
+        for passed_through in [false, true] {
+            rig.wait()?;
+            std::fs::rename(&identity, &aside)?;
+            rig.sites.kill_worker()?;
+            if passed_through {
+                let shown = || rig.sites.supervisor().get("/v1/supervisor");
+                until("it is served without a worker", || shown().is_ok_and(|shown| shown["bypassed"] != json!([])))?;
+            }
+            // It ends as the last worker did, which may have been at its start.
+            let ended = rig.stop_agent();
+            ensure!(table(upper)? == original, "the guest goes on by its own table ({ended:?})");
+            no_strays()?;
+            writer.more(20)?;
+            std::fs::rename(&aside, &identity)?;
+            rig.sites.start_agent()?;
+            rig.check_attached(upper, "ext4")?;
+            let compared = |line: &String| line.contains("was served without capture: everything is compared");
+            ensure!(rig.sites.logs().iter().any(compared), "nothing is compared");
+        }
+        writer.finish()?;
+        rig.check_replica(&["ext4"], &[mounted.folder()])?;
+        mounted.unmount()?;
+        rig.unprotect("ext4").map(drop)
     })
 }
 

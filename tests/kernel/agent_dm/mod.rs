@@ -30,15 +30,20 @@ struct Rig {
 }
 
 impl Rig {
-    /// Runs a test over fresh sites; says what the daemons said if it fails. Nothing of ours is left in the kernel afterwards.
+    /// Runs a test over fresh sites; says what the daemons said if it fails. Nobody has said that somebody must act, and nothing of ours
+    /// is left in the kernel afterwards.
     fn test(test: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        Self::test_with_errors(|rig| test(rig).and_then(|()| rig.check_logs()))
+    }
+
+    /// As [`Self::test`], but daemons may have said so.
+    fn test_with_errors(test: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         let interposer = kit()?;
         let folder = tempfile::tempdir().context("make a folder")?;
         let binary = std::env::var_os("FARSHORE_BIN").context("FARSHORE_BIN names the binary under test")?;
         let sites = Sites::start(SitesConfig { ring: 128 << 20, ..SitesConfig::new(binary, folder.path()) })?;
         let mut rig = Self { sites, interposer, past: Vec::new(), folder };
-        let result = test(&mut rig).and_then(|()| rig.check_logs());
-        match result {
+        match test(&mut rig) {
             Ok(()) => {
                 rig.sites.stop_agent()?;
                 rig.sites.stop_target()?;
