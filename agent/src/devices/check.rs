@@ -332,7 +332,8 @@ impl Host {
                 let other = number(status.rdev());
                 status.file_type().is_block_device() && (other == *device || self.graph.disk_of(other) == Some(*device))
             }
-            Thing::File(file, _) => (number(status.dev()), status.ino()) == *file,
+            // What is neither is refused by whoever opens it.
+            Thing::File(file, _) => status.file_type().is_file() && (number(status.dev()), status.ino()) == *file,
         };
         let Some(who) = writer(is) else { return Ok(()) };
         let hint = "end that process, and have it use the volume's own device; live, while it is in use, --dm protects device-mapper devices";

@@ -6,7 +6,6 @@ use std::path::Path;
 
 use nix::libc;
 
-
 /// A process that has the disk or a partition of it open.
 pub(crate) fn opener(disk: &Path) -> Option<u32> {
     let name = disk.file_name()?.to_str()?;

@@ -494,6 +494,8 @@ impl Supervisor<'_> {
         let mut all = true;
         let unserved: Vec<_> = self.unserved().cloned().collect();
         for disk in &unserved {
+            // A disk that is held costs a try a second or two.
+            (self.notify)(Notice::Alive);
             if let Err(error) = self.bypass.engage(disk) {
                 all = false;
                 tracing::warn!(error = crate::error::chain(&error), "cannot be served without a worker; tried again");

@@ -185,7 +185,7 @@ fn a_living_server_lets_go() -> Result<()> {
         ensure!(!server.is_serving());
         ensure!(control.info(id)?.state() == DeviceState::Quiesced, "{:?}", control.info(id)?);
         ensure!(server.has_failed() && !server.is_serving(), "who serves does not hear of it");
-    drop(server);
+        drop(server);
         server = Server::recover(id, Duration::from_secs(20), Arc::new(FileDevice::open(DISK_512.as_ref(), backing)?))?;
     }
     load.finish()?;
