@@ -115,7 +115,8 @@ pub(crate) struct Queue<D: BlockDevice> {
     setup: Setup,
     reactor: Reactor<D::Buf>,
     device: D::Queue,
-    descriptors: Descriptors,
+    /// Mapped in [`Self::fetch_all`].
+    descriptors: Option<Descriptors>,
     file: FileSlot,
     slots: Vec<Slot<D::Buf>>,
     /// Tags whose data is to be fetched from the guest, and brought to it, in this turn.
@@ -138,13 +139,12 @@ impl<D: BlockDevice> Queue<D> {
         // First of all: from here on no I/O of this ring can outlive the file's owner unnoticed.
         let file = reactor.register(Arc::clone(&setup.file))?;
         let device = device.open_queue(&mut reactor)?;
-        let descriptors = Descriptors::map(&setup.file, setup.qid, setup.depth)?;
         let slots = (0..setup.depth).map(|_| Slot { current: None, buf: None }).collect();
         let lists = usize::from(setup.depth);
         Ok(Self {
             reactor,
             device,
-            descriptors,
+            descriptors: None,
             file,
             slots,
             copy_in: Vec::with_capacity(lists),
@@ -159,11 +159,16 @@ impl<D: BlockDevice> Queue<D> {
 
     /// Hands the kernel a command for every tag. To be called on the thread that [`Self::run`]s: the kernel takes a tag's commands from
     /// no other.
+    ///
+    /// Only then maps the requests' descriptions: with the first map the device is of this process alone, until a recovery is begun,
+    /// and Linux 6.12 begins none while no queue is ready. A process that ended in between would leave a device that no other could
+    /// serve. No request comes before the device is started.
     pub(crate) fn fetch_all(&mut self) -> io::Result<()> {
         for tag in 0..self.setup.depth {
             self.command(sys::io::FETCH_REQ, tag, 0);
         }
         self.reactor.run_once(Wait::No)?;
+        self.descriptors = Some(Descriptors::map(&self.setup.file, self.setup.qid, self.setup.depth)?);
         self.setup.siblings.join(self.reactor.waker());
         Ok(())
     }
@@ -243,7 +248,7 @@ impl<D: BlockDevice> Queue<D> {
     }
 
     fn begin(&mut self, tag: u16, buf: Option<D::Buf>) {
-        let iod = self.descriptors.read(tag);
+        let iod = self.descriptors.as_ref().expect("mapped before any request comes").read(tag);
         self.under_way += 1;
         self.slots[usize::from(tag)].buf = buf;
         let geometry = Geometry { size: self.setup.size.load(Ordering::Relaxed), ..self.setup.geometry };

@@ -72,7 +72,8 @@ struct Starting {
 /// Starts a thread per queue and returns when every tag's command is with the kernel.
 ///
 /// No queue begins before all are open. *(A recovery that ended between the first queue's beginning and the last one's cannot be
-/// begun again: Linux 6.12 then follows a null pointer. Opening a queue can fail and takes its time; beginning does neither.)*
+/// begun again: Linux 6.12 then follows a null pointer. Opening a queue can fail and takes its time, and the kernel hears nothing of it;
+/// beginning does neither.)*
 ///
 /// # Errors
 /// Those of opening a queue: then none has begun. Threads that did begin end by themselves when the device is stopped or deleted.
