@@ -165,13 +165,16 @@ impl RingOwner {
 ///
 /// # Errors
 /// [`Error::Refused`]: others could put files there, and so have the agent serve other devices, or keep it from serving.
-pub(crate) fn ring_folder(folder: &Path) -> Result<()> {
+pub fn ring_folder(folder: &Path) -> Result<()> {
     let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
     made.map_err(|error| Error::io("create", folder, error))?;
-    let status = std::fs::metadata(folder).map_err(|error| Error::io("look at", folder, error))?;
+    let look = |status: std::io::Result<std::fs::Metadata>| status.map_err(|error| Error::io("look at", folder, error));
+    let status = look(std::fs::metadata(folder))?;
     let own = nix::unistd::geteuid().as_raw();
-    let reason = if status.uid() != own {
-        format!("belongs to user {}, and the agent runs as user {own}", status.uid())
+    // A link's owner can lead it elsewhere.
+    let owners = [look(std::fs::symlink_metadata(folder))?.uid(), status.uid()];
+    let reason = if let Some(other) = owners.into_iter().find(|owner| *owner != own) {
+        format!("belongs to user {other}, and the agent runs as user {own}")
     } else if status.mode() & 0o022 != 0 {
         format!("may be written to by others (mode {:o})", status.mode() & 0o7777)
     } else {

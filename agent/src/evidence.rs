@@ -234,10 +234,15 @@ fn changed_just_now(file: &Path) -> io::Result<bool> {
 /// first MiB, or without any note) may be used for years and leave no trace here.
 fn notes_its_use(start: &[u8]) -> bool {
     let holds = |at: usize, magic: &[u8]| start.get(at..at + magic.len()) == Some(magic);
+    // What was a file system once, and was not wiped, is none: partitions, LUKS, LVM, RAID.
+    let leads_elsewhere = holds(510, &[0x55, 0xaa])
+        || holds(0, b"LUKS")
+        || (0..4).any(|sector| holds(sector * 512, b"LABELONE"))
+        || [0, 4096].iter().any(|&at| holds(at, &0xa92b_4efc_u32.to_le_bytes()));
     let ext = holds(0x438, &[0x53, 0xef]);
     let xfs = holds(0, b"XFSB") && start.get(101).is_some_and(|version| version & 0xf >= 5);
     let btrfs = holds(0x1_0040, b"_BHRfS_M");
-    ext || xfs || btrfs
+    (ext || xfs || btrfs) && !leads_elsewhere
 }
 
 /// Hash of a device's first and last MiB, past the page cache. None: it would not show every use.
@@ -380,6 +385,14 @@ mod tests {
         assert!(!notes_its_use(&xfs), "version 4 notes nothing at a mount");
         xfs[100..102].copy_from_slice(&[0xb4, 0xb5]);
         assert!(notes_its_use(&xfs));
+        let raid = 0xa92b_4efc_u32.to_le_bytes();
+        let others: [(usize, &[u8]); 4] =
+            [(510, &[0x55, 0xaa]), (0, b"LUKS\xba\xbe"), (512, b"LABELONE"), (4096, &raid)];
+        for (at, bytes) in others {
+            let mut start = with(0x438, &[0x53, 0xef]);
+            start[at..at + bytes.len()].copy_from_slice(bytes);
+            assert!(!notes_its_use(&start), "{bytes:x?} over an ext4 that was there before");
+        }
         assert!(notes_its_use(&with(0x438, &[0x53, 0xef])) && notes_its_use(&with(0x1_0040, b"_BHRfS_M")));
         for other in
             [with(510, &[0x55, 0xaa]), with(512, b"LABELONE"), with(0, b"LUKS\xba\xbe"), with(0, b""), Vec::new()]

@@ -32,4 +32,5 @@ mod watch;
 
 pub use agent::Agent;
 pub use alarms::Alarm;
+pub use attach::ring_folder;
 pub use error::{Error, Result, chain};

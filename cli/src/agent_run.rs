@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use farshore_agent::config::{AgentConfig, AgentFile};
 use farshore_agent::supervisor::{self, Abilities, Notice, WorkerCommand};
-use farshore_agent::{Agent, api};
+use farshore_agent::{Agent, api, ring_folder};
 use farshore_link::identity::Identity;
 
 use crate::args::AgentRun;
@@ -68,7 +68,8 @@ pub(crate) fn work(args: AgentRun) -> Result<()> {
 
 /// Says what this program is, if it could work with these flags.
 pub(crate) fn check(args: AgentRun, output: &Output) -> Result<()> {
-    settings(args)?;
+    let (config, _) = settings(args)?;
+    ring_folder(&config.ring_dir)?;
     output.document(&serde_json::to_value(Abilities::own()).context("encode")?);
     Ok(())
 }

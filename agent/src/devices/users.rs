@@ -18,31 +18,58 @@ pub(crate) fn opener(disk: &Path) -> Option<u32> {
     })
 }
 
-/// A process other than this one that has open for writing what `is` recognises, for people: `process 812 (qemu-system-x86)`.
-pub(crate) fn writer(is: impl Fn(&Metadata) -> bool) -> Option<String> {
+/// What a process may have open, to be known without asking about each open file: one on a file system whose server is gone would
+/// not answer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Sought {
+    /// A block device.
+    Device,
+    /// A file with this inode, on whichever file system.
+    Inode(u64),
+}
+
+/// A process other than this one that has open for writing what is `sought` and what `is` recognises, for people: `process 812
+/// (qemu-system-x86)`.
+pub(crate) fn writer(sought: Sought, is: impl Fn(&Metadata) -> bool) -> Option<String> {
     let processes = std::fs::read_dir("/proc").ok()?;
     let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let mut others = pids.filter(|pid| *pid != std::process::id());
-    others.find(|pid| has_open_for_writing(*pid, &is)).map(named)
+    others.find(|pid| has_open_for_writing(*pid, sought, &is)).map(named)
 }
 
-fn has_open_for_writing(pid: u32, is: impl Fn(&Metadata) -> bool) -> bool {
+fn has_open_for_writing(pid: u32, sought: Sought, is: impl Fn(&Metadata) -> bool) -> bool {
     let Ok(files) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
     files.flatten().any(|file| {
         let name = file.file_name();
-        let flags = name.to_str().and_then(|number| open_flags(&format!("/proc/{pid}/fdinfo/{number}")));
-        // Asked first: looking at an open file of another file system might wait for a server that is gone.
-        let writes = flags.is_some_and(|flags| flags & libc::O_ACCMODE != libc::O_RDONLY && flags & libc::O_PATH == 0);
-        let is_file = || std::fs::read_link(file.path()).is_ok_and(|to| to.starts_with("/"));
-        writes && is_file() && std::fs::metadata(file.path()).is_ok_and(|status| is(&status))
+        let open = name.to_str().and_then(|number| OpenFile::read(&format!("/proc/{pid}/fdinfo/{number}")));
+        let may_be = |open: OpenFile| match sought {
+            Sought::Device => std::fs::read_link(file.path()).is_ok_and(|to| to.starts_with("/dev")),
+            // Before Linux 5.14 the kernel does not say.
+            Sought::Inode(inode) => open.inode.is_none_or(|of| of == inode),
+        };
+        open.is_some_and(|open| open.writes() && may_be(open))
+            && std::fs::metadata(file.path()).is_ok_and(|status| is(&status))
     })
 }
 
-/// Flags of an open file: octal, in proc_pid_fdinfo(5).
-fn open_flags(path: &str) -> Option<libc::c_int> {
-    let text = std::fs::read_to_string(path).ok()?;
-    let flags = text.lines().find_map(|line| line.strip_prefix("flags:"))?;
-    libc::c_int::from_str_radix(flags.trim(), 8).ok()
+/// What proc_pid_fdinfo(5) says of an open file.
+#[derive(Clone, Copy)]
+struct OpenFile {
+    flags: libc::c_int,
+    inode: Option<u64>,
+}
+
+impl OpenFile {
+    fn read(path: &str) -> Option<Self> {
+        let text = std::fs::read_to_string(path).ok()?;
+        let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+        let flags = libc::c_int::from_str_radix(field("flags:")?, 8).ok()?;
+        Some(Self { flags, inode: field("ino:").and_then(|inode| inode.parse().ok()) })
+    }
+
+    fn writes(self) -> bool {
+        self.flags & libc::O_ACCMODE != libc::O_RDONLY && self.flags & libc::O_PATH == 0
+    }
 }
 
 /// [`opener`], for people: `process 812 (qemu-system-x86)`.
@@ -110,7 +137,7 @@ mod tests {
             let mut cat = std::process::Command::new("cat");
             let mut child = cat.stdin(std::process::Stdio::piped()).stdout(file).spawn().expect("cat");
             drop(cat);
-            let found = writer(is);
+            let found = writer(Sought::Inode(status.ino()), is);
             drop(child.stdin.take());
             child.wait().expect("it ends");
             (found, child.id())
@@ -118,7 +145,7 @@ mod tests {
         let (who, pid) = found(std::fs::File::options().append(true).open(&path).expect("there"));
         assert_eq!(who, Some(format!("process {pid} (cat)")));
         assert_eq!(found(std::fs::File::open(&path).expect("there")).0, None, "a reader");
-        assert_eq!(writer(is), None);
+        assert_eq!(writer(Sought::Inode(status.ino()), is), None);
     }
 
     #[test]

@@ -6,8 +6,10 @@ pub mod postgres;
 mod relay;
 pub mod run;
 
+use std::fs::DirBuilder;
 use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -166,7 +168,8 @@ impl Sites {
     fn ring_dir(&self) -> Result<PathBuf> {
         let mark = self.config.dir.to_string_lossy().replace('/', "_");
         let dir = Path::new("/dev/shm").join(format!("farshore{mark}"));
-        std::fs::create_dir_all(&dir).context("make a folder for the ring")?;
+        // Of this user alone, whatever the umask.
+        DirBuilder::new().recursive(true).mode(0o700).create(&dir).context("make a folder for the ring")?;
         Ok(dir)
     }
 
