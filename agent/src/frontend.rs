@@ -188,16 +188,7 @@ impl Server {
     /// Somebody has claimed it all the same, or the kernel refuses.
     pub(crate) fn stop_unused(&self) -> Result<()> {
         let Self::Ublk(server) = self else { return Ok(()) };
-        let deadline = clock::now().plus(LOOK_MAX);
-        loop {
-            match server.stop(Stop::IfUnused) {
-                Err(error) if error.kind() == ErrorKind::Busy && clock::now() < deadline => {
-                    // There is no event for "the last one has closed it".
-                    let _ = nix::poll::poll(&mut [], 10u8);
-                }
-                stopped => return stopped.map_err(|error| ublk_error("front end", &error)),
-            }
-        }
+        stop_unused(server)
     }
 
     /// Stops serving, unless it is a block device that somebody uses.
@@ -217,6 +208,23 @@ impl Server {
                     }
                 })
             }
+        }
+    }
+}
+
+/// Stops a block device that nobody uses. Waits for udev's look at it.
+///
+/// # Errors
+/// Somebody uses it all the same, or the kernel refuses.
+pub(crate) fn stop_unused(server: &farshore_ublk::ServerHandle) -> Result<()> {
+    let deadline = clock::now().plus(LOOK_MAX);
+    loop {
+        match server.stop(Stop::IfUnused) {
+            Err(error) if error.kind() == ErrorKind::Busy && clock::now() < deadline => {
+                // There is no event for "the last one has closed it".
+                let _ = nix::poll::poll(&mut [], 10u8);
+            }
+            stopped => return stopped.map_err(|error| ublk_error("front end", &error)),
         }
     }
 }

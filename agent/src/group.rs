@@ -231,6 +231,8 @@ impl Group {
                 if reissued.contains(&volume.index) {
                     // Nobody knows whether what waits in the device will ever come. It is in the group, so this cannot fail.
                     let _ = group.shared.capture.resync(VolumeIndex(volume.index));
+                }
+                if volume.ublk.is_some() {
                     // Its source is let go: the supervisor serves it, without a filter.
                     group.shared.sync.remove(VolumeIndex(volume.index));
                 }

@@ -1,25 +1,27 @@
 //! Serving block devices without a worker: requests go to the disk as they are, and everything is compared later.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use farshore_proto::Name;
-use farshore_ublk::dm::{DevNo, Interposer};
-use farshore_ublk::{Control, DeviceState, Server, ServerHandle, Stop};
+use farshore_ublk::dm::{Interposer, Lower, Serve};
+use farshore_ublk::{Server, ServerHandle, Stop};
 use farshore_uring::{BackingId, BackingOptions, Direct, FileDevice};
 
 use super::roster::{RosterDisk, mark_bypassed};
 use crate::attach::ring_file;
-use crate::frontend::surviving;
+use crate::frontend::{stop_unused, surviving};
 use crate::{Error, Result, clock};
 
 /// How long one try waits for the kernel to end the dead worker's I/O. The supervisor watches nothing meanwhile, and tries again.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Between two looks whether the kernel has closed the rings of a device that was let go.
-const LET_GO_LOOK: Duration = Duration::from_millis(5);
+/// How long a stop tries to serve what has to be served before it can be taken out, and the time between two tries.
+const TAKE_OUT_MAX: Duration = Duration::from_secs(20);
+const RETRY: Duration = Duration::from_millis(100);
 
 /// The pass-through. Dropping it ends nothing: its threads serve for as long as the process lives.
 pub(crate) struct Bypass {
@@ -85,15 +87,15 @@ impl Bypass {
     /// For an end that no worker is there to make: takes volumes out from below the device mapper, whose users go on, removes devices
     /// that nobody uses, and lets go of the others, which wait for the next supervisor. `disks`: all that a worker served.
     pub(crate) fn stop(&mut self, disks: &[RosterDisk]) {
-        for disk in disks {
-            if let Err(error) = self.take_out(disk) {
-                let error = crate::error::chain(&error);
-                tracing::error!(
-                    volume = disk.volume,
-                    error,
-                    "users of this volume wait for the next agent; `farshore doctor --repair --abandon` frees them"
-                );
-            }
+        // Without a device mapper nothing stands below it.
+        if let Ok(interposer) = Interposer::open()
+            && let Err(error) = self.take_out(&interposer, disks)
+        {
+            let error = crate::error::chain(&error);
+            tracing::error!(
+                error,
+                "users of volumes behind the device mapper wait for the next agent; `farshore doctor --repair --abandon` frees them"
+            );
         }
         for (id, server) in std::mem::take(&mut self.served) {
             let in_use = crate::devices::opener(&server.block_path()).is_some();
@@ -111,40 +113,57 @@ impl Bypass {
         }
     }
 
-    /// Gives the upper of a volume behind the device mapper its own table again. Of other volumes, and of those that a worker has taken
-    /// out, there is nothing to do.
-    fn take_out(&mut self, disk: &RosterDisk) -> Result<()> {
-        let failed = |error: farshore_ublk::Error| Error::failed(&*disk.volume, crate::error::chain(&error));
-        // Without a device mapper nothing stands below it.
-        let Ok(interposer) = Interposer::open() else { return Ok(()) };
-        let is_of = |through: DevNo| through.ublk_id() == Some(disk.disk.id);
-        let interposed = interposer.list().map_err(failed)?;
-        if surviving(&disk.disk)?.is_none() || !interposed.iter().any(|one| is_of(one.through)) {
-            return Ok(());
+    /// Gives the uppers of volumes behind the device mapper their own tables again. All that stand there are served before the first:
+    /// a storey of a stack can only be changed while those below it answer. What a worker has taken out is not there.
+    ///
+    /// # Errors
+    /// The first, after all were tried.
+    fn take_out(&mut self, interposer: &Interposer, disks: &[RosterDisk]) -> Result<()> {
+        let failed = |what: &str, error: &farshore_ublk::Error| Error::failed(what, crate::error::chain(error));
+        let all = interposer.list().map_err(|error| failed("device mapper", &error))?;
+        let of = |disk: &RosterDisk| all.iter().find(|one| one.through.ublk_id() == Some(disk.disk.id)).cloned();
+        let disks: Vec<_> = disks.iter().filter_map(|disk| Some((disk, of(disk)?))).collect();
+        let mut result = Ok(());
+        let deadline = clock::now().plus(TAKE_OUT_MAX);
+        for (disk, _) in &disks {
+            while !self.serves(disk.disk.id) {
+                match self.engage(disk) {
+                    Ok(()) => {}
+                    Err(_) if clock::now() < deadline => std::thread::park_timeout(RETRY),
+                    Err(error) => {
+                        result = result.and(Err(error));
+                        break;
+                    }
+                }
+            }
         }
-        self.note(disk);
-        if let Some(server) = self.served.remove(&disk.disk.id) {
-            server.abandon();
+        for (disk, attached) in disks {
+            let Some(server) = self.served.remove(&disk.disk.id) else { continue };
+            match interposer.detach(&attached, &mut Ending(&server)) {
+                Ok(()) => tracing::warn!(
+                    volume = disk.volume,
+                    "no worker does it: taken out of the path, and all is compared"
+                ),
+                Err(error) => {
+                    server.abandon();
+                    result = result.and(Err(failed(&disk.volume, &error)));
+                }
+            }
         }
-        let deadline = clock::now().plus(PATIENCE);
-        // What a living process serves is no leftover; the kernel closes a ring in its own time.
-        while Control::open()
-            .and_then(|control| control.info(disk.disk.id))
-            .is_ok_and(|info| info.state() == DeviceState::Live)
-            && clock::now() < deadline
-        {
-            std::thread::park_timeout(LET_GO_LOOK);
-        }
-        let left = interposer.leftovers().map_err(failed)?;
-        for left in left.iter().filter(|left| left.through.is_some_and(is_of)) {
-            tracing::warn!(
-                volume = disk.volume,
-                left = left.description,
-                "no worker does it: taken out of the path, everything is compared"
-            );
-            interposer.repair(left).map_err(failed)?;
-        }
-        Ok(())
+        result
+    }
+}
+
+/// Ends a pass-through below a device whose users do not go through it any more.
+struct Ending<'a>(&'a ServerHandle);
+
+impl Serve for Ending<'_> {
+    fn start(&mut self, _: &Lower) -> io::Result<PathBuf> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn stop(&mut self, _: &Path) -> io::Result<()> {
+        stop_unused(self.0).map_err(io::Error::other)
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 
+use super::roster;
 use crate::{Error, Result, clock};
 
 /// `linux/memfd.h`, Linux 6.3: the file may be executed, whatever the system's default is.
@@ -25,13 +26,24 @@ pub struct Abilities {
     pub version: String,
     /// Layout of the ring in shared memory.
     pub ring_layout: u32,
+    /// Format of the list of devices that are served. Absent: 1.
+    #[serde(default = "first")]
+    pub roster_format: u32,
+}
+
+fn first() -> u32 {
+    1
 }
 
 impl Abilities {
     /// Of this program.
     #[must_use]
     pub fn own() -> Self {
-        Self { version: env!("CARGO_PKG_VERSION").to_owned(), ring_layout: farshore_ring::LAYOUT_VERSION }
+        Self {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            ring_layout: farshore_ring::LAYOUT_VERSION,
+            roster_format: roster::FORMAT,
+        }
     }
 }
 
@@ -158,7 +170,7 @@ mod tests {
         }
         let (_folder, path) = program("#!/bin/sh\necho '{\"version\":\"9\",\"ring_layout\":7}'\n");
         let abilities = Image { _file: None, path }.check(&[]).expect("good");
-        assert_eq!(abilities, Abilities { version: "9".into(), ring_layout: 7 });
+        assert_eq!(abilities, Abilities { version: "9".into(), ring_layout: 7, roster_format: 1 });
         assert!(Image::of(Path::new("/no/such/program")).is_err());
     }
 

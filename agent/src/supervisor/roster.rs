@@ -14,7 +14,7 @@ use crate::state::UblkDisk;
 use crate::{Error, Result};
 
 /// Of the file. One of another format is not read: its devices are found by the worker. 2 added `identity`.
-const FORMAT: u32 = 2;
+pub(super) const FORMAT: u32 = 2;
 /// Longest file that is read: 64 groups of 16 volumes with long paths.
 const BYTES_MAX: u64 = 4 << 20;
 

@@ -142,12 +142,19 @@ fn look(binary: &Path, arguments: &[OsString]) -> Result<(Image, Abilities)> {
     let image = Image::of(binary)?;
     let abilities = image.check(arguments)?;
     let own = Abilities::own();
+    let refused = |reason: String| {
+        let what = format!("program {}", binary.display());
+        let hint = "install it, and restart the agent in order when its volumes are not in use".into();
+        Err(Error::Refused { what, reason, hint })
+    };
     if abilities.ring_layout != own.ring_layout {
-        return Err(Error::Refused {
-            what: format!("program {}", binary.display()),
-            reason: format!("reads rings of layout {}, this one has {}", abilities.ring_layout, own.ring_layout),
-            hint: "install it, and restart the agent in order when its volumes are not in use".into(),
-        });
+        return refused(format!("reads rings of layout {}, this one has {}", abilities.ring_layout, own.ring_layout));
+    }
+    if abilities.roster_format != own.roster_format {
+        return refused(format!(
+            "reads lists of devices of format {}, this one writes {}",
+            abilities.roster_format, own.roster_format
+        ));
     }
     Ok((image, abilities))
 }

@@ -177,6 +177,36 @@ fn a_stop_without_a_worker_leaves_nobody_waiting() -> Result<()> {
     })
 }
 
+/// Goal: the same of a stack: what is on top can only be changed while what is below answers. Method: the top comes first by its name.
+#[test]
+fn a_stack_is_left_without_a_worker() -> Result<()> {
+    Rig::test_with_errors(|rig| {
+        let size = 65_536;
+        let bottom = mapped("bottom", &format!("0 {size} linear {DISK_512} 2048"))?;
+        let top = mapped("top", &format!("0 {size} linear {} 0", bottom.display()))?;
+        let tables = [table(&top)?, table(&bottom)?];
+        rig.protect_live(&bottom, "b")?;
+        rig.protect_live(&top, "a")?;
+        rig.wait()?;
+        let load = Fio::start(&top, LOAD)?;
+        let (identity, aside) = (rig.sites.path("agent.bundle"), rig.sites.path("agent.bundle.aside"));
+        std::fs::rename(&identity, &aside)?;
+        rig.sites.kill_worker()?;
+        let ended = rig.stop_agent();
+        ensure!(table(&top)? == tables[0] && table(&bottom)? == tables[1], "the agent ended with {ended:?}");
+        no_strays()?;
+        load.finish()?;
+        std::fs::rename(&aside, &identity)?;
+        rig.sites.start_agent()?;
+        rig.check_attached(&top, "a")?;
+        rig.check_attached(&bottom, "b")?;
+        rig.check_replica(&["a", "b"], &[])?;
+        rig.unprotect("a")?;
+        rig.unprotect("b")?;
+        unmapped(&["top", "bottom"])
+    })
+}
+
 /// Goal: stacks: dm-crypt over a protected volume, and itself protected; another volume beside it. Method: load on both storeys' top,
 /// a death of the agent, then stop and start.
 #[test]
