@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -289,6 +289,8 @@ pub struct ServerHandle {
     counters: Vec<Arc<Counters>>,
     size: Arc<AtomicU64>,
     siblings: Arc<Siblings>,
+    /// A stop has failed because the page cache could not be written out.
+    unwritten_told: AtomicBool,
     /// Empty once stopped.
     threads: Mutex<Vec<Thread>>,
 }
@@ -296,7 +298,15 @@ pub struct ServerHandle {
 impl ServerHandle {
     fn new(control: Control, id: u32, serving: Serving) -> Self {
         let Serving { threads, counters, size, siblings } = serving;
-        Self { control, id, counters, size, siblings, threads: Mutex::new(threads) }
+        Self {
+            control,
+            id,
+            counters,
+            size,
+            siblings,
+            unwritten_told: AtomicBool::new(false),
+            threads: Mutex::new(threads),
+        }
     }
 
     /// The device's number.
@@ -372,7 +382,8 @@ impl ServerHandle {
     ///
     /// # Errors
     /// `Busy`: it is in use (with [`Stop::IfUnused`]); nothing has changed then. `TimedOut`: the disk below hangs. `System`: a
-    /// queue's thread had failed before.
+    /// queue's thread had failed before; or, once and with [`Stop::IfUnused`], the page cache could not be written out: nothing has
+    /// changed, and a second stop goes on without.
     pub fn stop(&self, when: Stop) -> Result<(), Error> {
         let mut threads = self.lock();
         if threads.is_empty() {
@@ -441,8 +452,13 @@ impl ServerHandle {
             Err(error) => return Err(Error::system(format!("open {}", path.display()), error)),
         };
         if let Err(error) = disk.sync_all() {
-            if when == Stop::IfUnused {
-                return Err(Error::system(format!("write out the page cache of {}", path.display()), error));
+            // Said once; the disk below may never answer again, and a device that cannot be stopped helps nobody.
+            if when == Stop::IfUnused && !self.unwritten_told.swap(true, Ordering::Relaxed) {
+                let what = format!(
+                    "write out the page cache of {} (what the disk below does not take is lost; the next stop goes on without it)",
+                    path.display()
+                );
+                return Err(Error::system(what, error));
             }
             tracing::warn!(id = self.id, %error, "the page cache of a stopped ublk device could not be written out");
         }

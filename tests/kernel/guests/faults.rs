@@ -1,10 +1,13 @@
-//! A second site that is away, and a disk that fails below a protected device.
+//! A second site that is away, and disks that fail below a protected device.
 
-use anyhow::{Context, Result, ensure};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::json;
 
 use super::{alarm, protected, status};
-use crate::agent::{GROUP, LIMIT_SECONDS, MIB};
-use crate::rig::{Fio, fio, pattern, run, until, write_at};
+use crate::agent::{GROUP, LIMIT_SECONDS, MIB, Rig, VOLUME};
+use crate::rig::{Fio, fio, machine, pattern, read_at, run, until, write_at};
 
 const DISK_BYTES: u64 = 96 * MIB;
 
@@ -62,4 +65,67 @@ fn swap_table(table: &str) -> Result<()> {
          {dmsetup} resume farshore-faults"
     ))
     .map(drop)
+}
+
+/// A disk that can be pulled out.
+struct Pluggable;
+
+impl Pluggable {
+    fn plug(bytes: u64) -> Result<(Self, PathBuf)> {
+        run(&format!("modprobe sd_mod && modprobe scsi_debug dev_size_mb={} delay=0", bytes / MIB))?;
+        let plugged = Self;
+        let mut name = None;
+        until("the disk is there", || {
+            name = std::fs::read_dir("/sys/bus/pseudo/drivers/scsi_debug").ok().and_then(|_| disk_of_scsi_debug().ok());
+            name.is_some()
+        })?;
+        Ok((plugged, PathBuf::from("/dev").join(name.context("found")?)))
+    }
+}
+
+fn disk_of_scsi_debug() -> Result<String> {
+    let found = run("for d in /sys/block/sd*; do grep -q scsi_debug $d/device/model && basename $d; done; true")?;
+    match found.lines().next() {
+        Some(name) => Ok(name.to_owned()),
+        None => bail!("no such disk"),
+    }
+}
+
+impl Drop for Pluggable {
+    fn drop(&mut self) {
+        // The agent may hold what is left of it for a moment.
+        let _ = until("scsi_debug is unloaded", || run("modprobe -r scsi_debug").is_ok());
+    }
+}
+
+/// Goal: a disk that is pulled out under load gives its guests errors; the agent says so, serves on, and lets go of it. Nothing hangs,
+/// and what was a point before is one.
+#[test]
+fn a_disk_that_is_pulled_out() -> Result<()> {
+    let control = machine()?;
+    let (plugged, source) = Pluggable::plug(64 * MIB)?;
+    let disk = source.file_name().and_then(|name| name.to_str()).context("a name")?.to_owned();
+    Rig::over(53, control, &source, Box::new(plugged), |_| {})?.run(|rig| {
+        let bytes = pattern(53, 8 << 20);
+        write_at(&rig.device, 0, &bytes)?;
+        let body = json!({ "group": GROUP, "name": "before", "timeout_s": LIMIT_SECONDS });
+        rig.sites.agent().post("/v1/bookmark", &body)?;
+        let options = "--rw=randwrite --bs=16k --iodepth=16 --offset=8m --size=48m --time_based --runtime=60";
+        let load = Fio::start(&rig.device, options)?;
+        std::thread::sleep(std::time::Duration::from_millis(1500));
+        run(&format!("echo 1 > /sys/block/{disk}/device/delete"))?;
+        load.fail()?;
+        until("an alarm names the disk", || matches!(alarm(rig, "volume.write-failed"), Ok(Some(_))))?;
+        // Reads end, too: with the disk's error, or with the nothing that a disk without size has.
+        run(&format!("dd if={} of=/dev/null bs=64k count=1 iflag=direct; true", rig.device.display()))?;
+        until("an alarm says that it cannot be read", || matches!(alarm(rig, "volume.unreadable"), Ok(Some(_))))?;
+        let view = rig.open_view_at("bookmark:before")?;
+        ensure!(read_at(&view.device, 0, bytes.len())? == bytes, "the point before is another");
+        rig.close_view(&view)?;
+        // Said once; the second goes on.
+        let refused =
+            rig.sites.agent().post("/v1/unprotect", &json!({ "volume": VOLUME })).expect_err("its disk is gone");
+        ensure!(format!("{refused:#}").contains("Input/output error"), "{refused:#}");
+        Ok(())
+    })
 }
