@@ -299,16 +299,28 @@ fn upgrades_that_fail_change_nothing() -> Result<()> {
         ensure!(rig.sites.await_worker(None)? == worker, "another worker was started");
 
         let (source, liar) = (rig.sites.path("liar.c"), rig.sites.path("liar"));
-        let layout = farshore_agent::supervisor::Abilities::own().ring_layout;
-        std::fs::write(
-            &source,
-            format!(
-                "#include <stdio.h>\n#include <string.h>\nint main(int c, char **v) {{\n\
-                 if (c > 2 && !strcmp(v[2], \"check\")) {{ printf(\"{{\\\"version\\\":\\\"9\\\",\\\"ring_layout\\\":{layout}}}\\n\"); return 0; }}\n\
-                 return 1;\n}}\n"
-            ),
-        )?;
-        run(&format!("cc -o {} {}", liar.display(), source.display()))?;
+        let mut says = serde_json::to_value(farshore_agent::supervisor::Abilities::own())?;
+        let program = |says: &Value| {
+            let says = serde_json::to_string(&says.to_string()).expect("a string");
+            std::fs::write(
+                &source,
+                format!(
+                    "#include <stdio.h>\n#include <string.h>\nint main(int c, char **v) {{\n\
+                     if (c > 2 && !strcmp(v[2], \"check\")) {{ puts({says}); return 0; }}\n\
+                     return 1;\n}}\n"
+                ),
+            )?;
+            run(&format!("cc -o {} {}", liar.display(), source.display()))
+        };
+        for part in ["ring_layout", "roster_format"] {
+            let own = std::mem::replace(&mut says[part], json!(1000));
+            program(&says)?;
+            let error = format!("{:#}", upgrade(&liar).expect_err("it reads something else"));
+            ensure!(error.contains("1000"), "{part}: {error}");
+            ensure!(rig.sites.await_worker(None)? == worker, "another worker was started");
+            says[part] = own;
+        }
+        program(&says)?;
         let error = format!("{:#}", upgrade(&liar).expect_err("it never serves"));
         ensure!(error.contains("the old one goes on"), "{error}");
         rig.sites.await_worker(Some(worker))?;
