@@ -132,15 +132,19 @@ fn folders_that_may_not_be_written_are_named() {
             std::fs::create_dir(&open)?;
             std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o777))?;
             let socket = open.join("vain.sock");
-            std::fs::write(
-                &config,
-                format!(
-                    "identity = {:?}\nstate = {:?}\nupstream = \"127.0.0.1:9\"\nsocket = {socket:?}\nring_dir = {open:?}\n",
-                    own_bundle(rig, "agent.bundle")?,
-                    closed.join("state")
-                ),
-            )?;
-            start_as_nobody(rig, "agent", &config)?.refused(1, "closed/state", false)?;
+            // A ring folder that others can write to is refused whoever asks; one that is not there is made.
+            for (rings, code, part) in [(open.join("rings"), 1, "closed/state"), (open.clone(), 4, "ring folder")] {
+                let identity = own_bundle(rig, "agent.bundle")?;
+                let state = closed.join("state");
+                std::fs::write(
+                    &config,
+                    format!(
+                        "identity = {identity:?}\nstate = {state:?}\nupstream = \"127.0.0.1:9\"\nsocket = {socket:?}\n\
+                         ring_dir = {rings:?}\n"
+                    ),
+                )?;
+                start_as_nobody(rig, "agent", &config)?.refused(code, part, false)?;
+            }
             std::fs::write(
                 &config,
                 format!(
