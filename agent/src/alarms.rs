@@ -25,6 +25,8 @@ pub(crate) mod code {
     pub(crate) const UNAVAILABLE: &str = "volume.unavailable";
     /// It was, or may have been, written past us.
     pub(crate) const WRITTEN_PAST: &str = "volume.bypassed";
+    /// Somebody else has its source open for writing.
+    pub(crate) const OTHER_WRITER: &str = "volume.other-writer";
     /// The front end dropped requests.
     pub(crate) const DROPPED: &str = "volume.requests-dropped";
     /// No session with the target.

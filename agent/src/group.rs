@@ -21,6 +21,7 @@ use farshore_uring::{Backing, BackingId, DirStorage, FileDevice};
 use crate::alarms::{Alarms, code};
 use crate::attach::{Attached, Predecessor, RingOwner};
 use crate::config::{AgentConfig, CompressionPolicy, GroupPolicy};
+use crate::devices::writer_of;
 use crate::evidence::{Doubt, Evidence, Proof};
 use crate::frontend::{self, Frontend, NotStopped, Server};
 use crate::hooks::Hooks;
@@ -449,6 +450,24 @@ impl Group {
     pub(crate) fn lost_server(&self) -> Option<String> {
         let lost = self.served().iter().find(|(_, served)| served.server.has_failed()).map(|(index, _)| *index);
         lost.map(|index| self.shared.volume_subject(index))
+    }
+
+    /// Looks whether anybody else has a source open for writing: a process that came before the volume was served, or that opened it
+    /// all the same, which nothing in the kernel keeps it from. (Of a volume behind the device mapper that is how it is used.)
+    pub(crate) fn watch_writers(&self) {
+        for volume in self.volumes().iter().filter(|volume| volume.mapped.is_none()) {
+            let subject = self.shared.volume_subject(VolumeIndex(volume.index));
+            match writer_of(&volume.source) {
+                Some(who) => {
+                    let text = format!(
+                        "{who} has {} open for writing: what it writes there is not captured, and not known to be missing",
+                        volume.source.display()
+                    );
+                    self.shared.alarms.raise(code::OTHER_WRITER, &subject, text);
+                }
+                None => self.shared.alarms.clear(code::OTHER_WRITER, &subject),
+            }
+        }
     }
 
     /// What a guest opens; none while it cannot be served.

@@ -1,5 +1,6 @@
 //! Looks every second whether volumes behind the device mapper are still in the path of their users' requests: other tools
-//! (`lvextend`, `lvchange`) change tables, and nothing tells. And whether all block devices are still served.
+//! (`lvextend`, `lvchange`) change tables, and nothing tells. And whether all block devices are still served, and by us
+//! alone.
 
 use std::collections::BTreeMap;
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
@@ -10,10 +11,13 @@ use std::time::Duration;
 use farshore_proto::Name;
 
 use crate::group::Group;
-use crate::{Error, Result};
+use crate::{Error, Result, clock};
 
 /// Writes of this long may go past us unseen until the compare begins. A look costs a volume one command of the device mapper.
 const PERIOD: Duration = Duration::from_secs(1);
+
+/// Between two looks at what processes have open, which costs a look at each of their files.
+const WRITERS_PERIOD: Duration = Duration::from_secs(60);
 
 /// The thread. Ends when dropped.
 pub(crate) struct Watch {
@@ -34,6 +38,7 @@ impl Watch {
     ) -> Result<Self> {
         let (stop, stopped) = sync_channel(0);
         let thread = std::thread::Builder::new().name("farshore-watch".into()).spawn(move || {
+            let mut writers_due = clock::now();
             while stopped.recv_timeout(PERIOD) == Err(RecvTimeoutError::Timeout) {
                 // Whoever holds it looks himself, or makes what is to be looked at later.
                 let Ok(_changes) = changes.try_lock() else { continue };
@@ -44,6 +49,10 @@ impl Watch {
                         "its block device is served no longer: this process makes room for another"
                     );
                     std::process::abort();
+                }
+                if writers_due <= clock::now() {
+                    all.iter().for_each(|group| group.watch_writers());
+                    writers_due = clock::now().plus(WRITERS_PERIOD);
                 }
                 let changed = all.iter().filter(|group| group.watch_mapped()).count();
                 if changed > 0 {

@@ -21,7 +21,7 @@ mod users;
 use std::path::PathBuf;
 
 pub(crate) use check::{Access, Host, busy, own_files};
-pub(crate) use users::opener;
+pub(crate) use users::{opener, writer_of};
 
 use nix::sys::stat::{major, minor};
 

@@ -37,18 +37,30 @@ pub(crate) fn writer(sought: Sought, is: impl Fn(&Metadata) -> bool) -> Option<S
     others.find(|pid| has_open_for_writing(*pid, sought, &is)).map(named)
 }
 
+/// A process other than this one that has the block device or file `source` itself open for writing.
+pub(crate) fn writer_of(source: &Path) -> Option<String> {
+    let known = std::fs::metadata(source).ok()?;
+    if known.file_type().is_block_device() {
+        let is = |status: &Metadata| status.file_type().is_block_device() && status.rdev() == known.rdev();
+        return writer(Sought::Device, is);
+    }
+    writer(Sought::Inode(known.ino()), |status| (status.dev(), status.ino()) == (known.dev(), known.ino()))
+}
+
 fn has_open_for_writing(pid: u32, sought: Sought, is: impl Fn(&Metadata) -> bool) -> bool {
     let Ok(files) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
     files.flatten().any(|file| {
         let name = file.file_name();
-        let open = name.to_str().and_then(|number| OpenFile::read(&format!("/proc/{pid}/fdinfo/{number}")));
-        let may_be = |open: OpenFile| match sought {
-            Sought::Device => std::fs::read_link(file.path()).is_ok_and(|to| to.starts_with("/dev")),
+        let open = || name.to_str().and_then(|number| OpenFile::read(&format!("/proc/{pid}/fdinfo/{number}")));
+        let may_be = match sought {
+            Sought::Device => {
+                std::fs::read_link(file.path()).is_ok_and(|to| to.starts_with("/dev"))
+                    && open().is_some_and(OpenFile::writes)
+            }
             // Before Linux 5.14 the kernel does not say.
-            Sought::Inode(inode) => open.inode.is_none_or(|of| of == inode),
+            Sought::Inode(inode) => open().is_some_and(|open| open.writes() && open.inode.is_none_or(|of| of == inode)),
         };
-        open.is_some_and(|open| open.writes() && may_be(open))
-            && std::fs::metadata(file.path()).is_ok_and(|status| is(&status))
+        may_be && std::fs::metadata(file.path()).is_ok_and(|status| is(&status))
     })
 }
 
@@ -131,13 +143,11 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("a.img");
         std::fs::write(&path, "").expect("room");
-        let status = std::fs::metadata(&path).expect("there");
-        let is = |other: &Metadata| (other.dev(), other.ino()) == (status.dev(), status.ino());
         let found = |file: std::fs::File| {
             let mut cat = std::process::Command::new("cat");
             let mut child = cat.stdin(std::process::Stdio::piped()).stdout(file).spawn().expect("cat");
             drop(cat);
-            let found = writer(Sought::Inode(status.ino()), is);
+            let found = writer_of(&path);
             drop(child.stdin.take());
             child.wait().expect("it ends");
             (found, child.id())
@@ -145,7 +155,7 @@ mod tests {
         let (who, pid) = found(std::fs::File::options().append(true).open(&path).expect("there"));
         assert_eq!(who, Some(format!("process {pid} (cat)")));
         assert_eq!(found(std::fs::File::open(&path).expect("there")).0, None, "a reader");
-        assert_eq!(writer(Sought::Inode(status.ino()), is), None);
+        assert_eq!(writer_of(&path), None);
     }
 
     #[test]

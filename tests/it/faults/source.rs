@@ -204,6 +204,16 @@ fn what_is_written_behind_our_back_is_compared() {
             rig.sites.stop_agent()?;
             rig.sites.start_agent()?;
             ensure!(compared(rig).is_empty(), "nothing was written: {:?}", compared(rig));
+
+            // Nothing keeps a process that is no guest from opening the source.
+            let beside = std::fs::File::options().append(true).open(&image)?;
+            rig.sites.stop_agent()?;
+            rig.sites.start_agent()?;
+            let alarm = |rig: &Rig| rig.agent_alarm("volume.other-writer");
+            until("an alarm names the process", || Ok(alarm(rig)?.map(drop)))?;
+            let text = format!("{:?}", alarm(rig)?);
+            ensure!(text.contains(&format!("process {} (", std::process::id())), "{text}");
+            drop(beside);
             Ok(())
         },
     );
