@@ -127,13 +127,13 @@ impl Bypass {
         let deadline = clock::now().plus(TAKE_OUT_MAX);
         for (disk, _) in &disks {
             while !self.serves(disk.disk.id) {
-                match self.engage(disk) {
-                    Ok(()) => {}
-                    Err(_) if clock::now() < deadline => std::thread::park_timeout(RETRY),
-                    Err(error) => {
-                        result = result.and(Err(error));
-                        break;
-                    }
+                let engaged = self.engage(disk);
+                if clock::now() >= deadline {
+                    result = result.and(engaged);
+                    break;
+                }
+                if engaged.is_err() {
+                    std::thread::park_timeout(RETRY);
                 }
             }
         }
