@@ -261,17 +261,26 @@ pub(crate) struct View {
     pub(crate) device: PathBuf,
 }
 
+/// Longest time between a start and the next kill, in milliseconds.
+const KILL_AFTER_MS: u64 = 1200;
+
 /// Kills the agent's worker `kills` times under a load that checks what it reads; the load must see nothing of it.
-pub(crate) fn kill_under_load(rig: &mut Rig, kills: u32, options: &str) -> Result<()> {
-    kill_under_load_by(rig, kills, options, Rig::kill_and_restart)
+fn kill_under_load(rig: &mut Rig, kills: u32, options: &str) -> Result<()> {
+    kill_under_load_by(rig, kills, KILL_AFTER_MS, options, Rig::kill_and_restart)
 }
 
-/// The same, killed by `kill`.
-fn kill_under_load_by(rig: &mut Rig, kills: u32, options: &str, kill: impl Fn(&mut Rig) -> Result<()>) -> Result<()> {
+/// The same, killed by `kill`, up to `after_ms` milliseconds after the last start.
+pub(crate) fn kill_under_load_by(
+    rig: &mut Rig,
+    kills: u32,
+    after_ms: u64,
+    options: &str,
+    kill: impl Fn(&mut Rig) -> Result<()>,
+) -> Result<()> {
     let mut load = Fio::start(&rig.device, options)?;
     let mut busy = 0;
     for killed in 0..kills {
-        std::thread::sleep(Duration::from_millis(rig.random(1200)));
+        std::thread::sleep(Duration::from_millis(rig.random(after_ms)));
         // Every second kill hits requests, on a machine of any speed; the others what they find.
         let is_aimed = killed % 2 == 1;
         loop {
@@ -329,7 +338,7 @@ fn kills_of_the_agent_while_the_target_is_down() -> Result<()> {
     Rig::test(5, |rig| {
         rig.sites.kill_target();
         let options = "--rw=randwrite --bs=16k --iodepth=16 --size=32m --rate=4m --verify=crc32c";
-        kill_under_load_by(rig, 8, options, Rig::kill_all_and_restart)?;
+        kill_under_load_by(rig, 8, KILL_AFTER_MS, options, Rig::kill_all_and_restart)?;
         rig.sites.start_target()?;
         rig.check_replica()
     })
