@@ -252,6 +252,11 @@ pub(crate) fn surviving(disk: &UblkDisk) -> Result<Option<u32>> {
     Ok((waits && info.survives_its_server()).then_some(disk.id))
 }
 
+/// Whether [`surviving`] gives a device, or cannot tell.
+pub(crate) fn may_survive(disk: &UblkDisk) -> bool {
+    surviving(disk).map_or(true, |id| id.is_some())
+}
+
 /// Removes a device that waits for its server, for a volume that is given up.
 ///
 /// # Errors

@@ -2,7 +2,6 @@
 //! opened, let alone changed, before it.
 
 use std::collections::BTreeSet;
-use std::fs::Metadata;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -13,7 +12,7 @@ use farshore_ublk::{Control, DeviceState};
 
 use super::graph::{Below, Graph};
 use super::mounts::{Places, unescaped};
-use super::users::{Sought, named_opener, writer};
+use super::users::{Sought, named_opener, writer, writer_of};
 use super::{DeviceNo, FileNo, Protected, number};
 use crate::config::AgentConfig;
 use crate::{Error, Result};
@@ -324,21 +323,16 @@ impl Host {
         Ok(())
     }
 
-    /// A process that has the source, a partition of it or the disk around it open for writing would go on writing past us: opening it exclusively keeps no
-    /// such process out, only mounts and other devices. Readers may look.
+    /// A process that has the source, a partition of it or the disk around it open for writing would go on writing past us: opening it
+    /// exclusively keeps no such process out, only mounts and other devices. Readers may look.
     fn check_writers(&self, refuse: &Refuse<'_>, thing: &Thing) -> Result<()> {
         let is_part_of = |part: DeviceNo, whole: DeviceNo| part == whole || self.graph.disk_of(part) == Some(whole);
-        let is_device = |device: DeviceNo, status: &Metadata| {
-            let other = number(status.rdev());
-            status.file_type().is_block_device() && (is_part_of(other, device) || is_part_of(device, other))
-        };
-        // What is neither is refused by whoever opens it.
-        let is_file = |file: FileNo, status: &Metadata| {
-            status.file_type().is_file() && (number(status.dev()), status.ino()) == file
-        };
         let who = match *thing {
-            Thing::Block(device) => writer(Sought::Device, |status| is_device(device, status)),
-            Thing::File(file, _) => writer(Sought::Inode(file.1), |status| is_file(file, status)),
+            Thing::Block(device) => writer(Sought::Device, |status| {
+                let other = number(status.rdev());
+                status.file_type().is_block_device() && (is_part_of(other, device) || is_part_of(device, other))
+            }),
+            Thing::File(..) => writer_of(refuse.source),
         };
         let Some(who) = who else { return Ok(()) };
         let hint = "end that process, and have it use the volume's own device; live, while it is in use, --dm protects device-mapper devices";

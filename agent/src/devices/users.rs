@@ -6,13 +6,17 @@ use std::path::Path;
 
 use nix::libc;
 
+/// The processes of this host, or of this container.
+fn processes() -> impl Iterator<Item = u32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
 /// A process that has the disk or a partition of it open.
 pub(crate) fn opener(disk: &Path) -> Option<u32> {
     let name = disk.file_name()?.to_str()?;
     let number = std::fs::metadata(disk).ok()?.rdev();
-    let processes = std::fs::read_dir("/proc").ok()?;
-    let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    pids.into_iter().find(|pid| {
+    processes().find(|pid| {
         let Ok(files) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
         files.flatten().any(|file| is_link_to(&file.path(), name, number))
     })
@@ -31,20 +35,19 @@ pub(crate) enum Sought {
 /// A process other than this one that has open for writing what is `sought` and what `is` recognises, for people: `process 812
 /// (qemu-system-x86)`.
 pub(crate) fn writer(sought: Sought, is: impl Fn(&Metadata) -> bool) -> Option<String> {
-    let processes = std::fs::read_dir("/proc").ok()?;
-    let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let mut others = pids.filter(|pid| *pid != std::process::id());
+    let mut others = processes().filter(|pid| *pid != std::process::id());
     others.find(|pid| has_open_for_writing(*pid, sought, &is)).map(named)
 }
 
-/// A process other than this one that has the block device or file `source` itself open for writing.
+/// A process other than this one that has the block device or file `source` itself open for writing. Of what is neither: none.
 pub(crate) fn writer_of(source: &Path) -> Option<String> {
     let known = std::fs::metadata(source).ok()?;
     if known.file_type().is_block_device() {
         let is = |status: &Metadata| status.file_type().is_block_device() && status.rdev() == known.rdev();
         return writer(Sought::Device, is);
     }
-    writer(Sought::Inode(known.ino()), |status| (status.dev(), status.ino()) == (known.dev(), known.ino()))
+    let is = |status: &Metadata| (status.dev(), status.ino()) == (known.dev(), known.ino());
+    known.is_file().then(|| writer(Sought::Inode(known.ino()), is)).flatten()
 }
 
 fn has_open_for_writing(pid: u32, sought: Sought, is: impl Fn(&Metadata) -> bool) -> bool {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use farshore_proto::Name;
 
 use super::roster::{Process, Roster, RosterDisk};
-use crate::frontend::surviving;
+use crate::frontend::may_survive;
 use crate::{Error, Result};
 
 /// Names the supervisor's socket to its worker.
@@ -69,7 +69,7 @@ impl SupervisorLink {
         for mut left in old.disks {
             let known = disks.iter().any(|disk| disk.disk.id == left.disk.id);
             // One of which nothing can be told is not forgotten.
-            if !known && surviving(&left.disk).map_or(true, |id| id.is_some()) {
+            if !known && may_survive(&left.disk) {
                 left.served = false;
                 disks.push(left);
             }

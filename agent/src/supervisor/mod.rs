@@ -65,7 +65,7 @@ use self::upgrade::{Checked, Reply, Trial};
 use self::watch::Watch;
 use crate::attach::ring_folder;
 use crate::config::AgentConfig;
-use crate::frontend::surviving;
+use crate::frontend::may_survive;
 use crate::{Error, Result, api, clock};
 
 /// Between two looks while a worker serves, and while one is awaited.
@@ -365,7 +365,7 @@ impl Supervisor<'_> {
     fn unserved(&self) -> impl Iterator<Item = &RosterDisk> {
         let by_worker = |disk: &RosterDisk| self.worker.is_some_and(|worker| self.roster.serves(worker.pid, disk));
         let alone = move |disk: &&RosterDisk| !by_worker(disk) && !self.bypass.serves(disk.disk.id);
-        self.roster.disks.iter().filter(alone).filter(|disk| surviving(&disk.disk).map_or(true, |id| id.is_some()))
+        self.roster.disks.iter().filter(alone).filter(|disk| may_survive(&disk.disk))
     }
 
     fn look_for_hangs(&mut self, now: Now) {
