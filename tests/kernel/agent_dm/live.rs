@@ -36,6 +36,14 @@ impl Loaded {
     }
 }
 
+/// A mounted ext4 with a writer.
+fn written(upper: &Path) -> Result<(Mounted, Writer)> {
+    run(&format!("mkfs.ext4 -q -E lazy_itable_init=0,nodiscard {}", upper.display()))?;
+    let mounted = Mounted::new(upper)?;
+    let writer = Writer::start(&mounted.folder().join("gap"))?;
+    Ok((mounted, writer))
+}
+
 /// Goal: file systems in use are protected, survive deaths of the agent and are let go, live: no error, no wrong byte, nothing
 /// compared, and the second site has all. Method: ext4 and xfs on logical volumes with fio that verifies; a second writer
 /// whose longest wait is the guest's pause.
@@ -114,9 +122,7 @@ fn an_agent_stops_and_starts_below_a_mounted_file_system() -> Result<()> {
     Rig::test(|rig| {
         let upper = &logical_volumes(&["96M"])?[0];
         let original = table(upper)?;
-        run(&format!("mkfs.ext4 -q -E lazy_itable_init=0,nodiscard {}", upper.display()))?;
-        let mounted = Mounted::new(upper)?;
-        let writer = Writer::start(&mounted.folder().join("gap"))?;
+        let (mounted, writer) = written(upper)?;
         rig.protect_live(upper, "ext4")?;
         rig.wait()?;
         writer.more(30)?;
@@ -146,9 +152,7 @@ fn a_stop_without_a_worker_leaves_nobody_waiting() -> Result<()> {
     Rig::test_with_errors(|rig| {
         let upper = &logical_volumes(&["96M"])?[0];
         let original = table(upper)?;
-        run(&format!("mkfs.ext4 -q -E lazy_itable_init=0,nodiscard {}", upper.display()))?;
-        let mounted = Mounted::new(upper)?;
-        let writer = Writer::start(&mounted.folder().join("gap"))?;
+        let (mounted, writer) = written(upper)?;
         rig.protect_live(upper, "ext4")?;
         let (identity, aside) = (rig.sites.path("agent.bundle"), rig.sites.path("agent.bundle.aside"));
         for passed_through in [false, true] {
