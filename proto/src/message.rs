@@ -141,7 +141,8 @@ pub enum RefuseCode {
 pub struct Answers {
     /// The batch.
     pub number: BatchNo,
-    /// One per probe; a probe of zeroes over several slots has one per slot that differs, or one for all if none does.
+    /// One per probe; a probe of zeroes over several slots has one per range that differs, or one for all if none does. Never a part
+    /// of those of one probe: what they do not name is equal.
     pub results: Vec<Answer>,
 }
 

@@ -83,7 +83,7 @@ fn compare(
         let equal = read(start, &mut content).is_ok() && dedup.chunk_id(&content) == record.id();
         return vec![whole(record, equal)];
     }
-    let mut differing = Vec::new();
+    let mut differing: Vec<Answer> = Vec::new();
     let mut at = start;
     while at < end {
         let slot = at / SLOT_BYTES;
@@ -94,8 +94,10 @@ fn compare(
         let to = ((candidate + 1) * SLOT_BYTES).min(end);
         let mut content = vec![0; usize::try_from(to - from).expect("at most a slot")];
         let zero = read(from, &mut content).is_ok() && is_zero(&content);
-        if !zero {
-            differing.push(answer(record, from, to - from, false));
+        match differing.last_mut() {
+            _ if zero => {}
+            Some(last) if last.offset + last.len == from => last.len += to - from,
+            Some(_) | None => differing.push(answer(record, from, to - from, false)),
         }
         at = to;
     }

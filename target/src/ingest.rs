@@ -699,8 +699,7 @@ impl<S: Storage> Ingest<S> {
             state.apply_mark(kind, record.volume());
         }
         self.stream.counters.probes.add(results.len() as u64);
-        let results: Vec<Answer> = results.into_values().flatten().collect();
-        answers.extend(results.chunks(ANSWERS_MAX).map(|part| Answers { number, results: part.to_vec() }));
+        answers.extend(messages(number, results.into_values()));
     }
 
     /// Closes the active segment; the next batch begins a new one.
@@ -727,6 +726,24 @@ impl<S: Storage> Ingest<S> {
     pub fn is_failed(&self) -> Option<&str> {
         self.journal.is_failed()
     }
+}
+
+/// Puts answers into messages. All answers to one question are in one message: the source takes what is not named for equal.
+fn messages(number: BatchNo, questions: impl Iterator<Item = Vec<Answer>>) -> Vec<Answers> {
+    let mut messages: Vec<Answers> = Vec::new();
+    for mut results in questions {
+        if results.len() > ANSWERS_MAX
+            && let (Some(first), Some(last)) = (results.first().copied(), results.last())
+        {
+            // More is sent than differs; nothing that differs is taken for equal.
+            results = vec![Answer { len: last.offset + last.len - first.offset, ..first }];
+        }
+        match messages.last_mut() {
+            Some(message) if message.results.len() + results.len() <= ANSWERS_MAX => message.results.extend(results),
+            Some(_) | None => messages.push(Answers { number, results }),
+        }
+    }
+    messages
 }
 
 /// Puts the frames that the journal keeps one behind the other in the buffer; gives their places.

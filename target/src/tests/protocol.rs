@@ -5,10 +5,10 @@ use std::time::Duration;
 use farshore_proto::keys::{HostKey, VaultKey};
 use farshore_proto::message::RefuseCode;
 use farshore_proto::record::Kind;
-use farshore_proto::{BatchNo, HostId, Incarnation, KeyEpoch};
+use farshore_proto::{BatchNo, HostId, Incarnation, KeyEpoch, SLOT_BYTES};
 use farshore_uring::sim::{SimRng, SimStorage};
 
-use super::source::{Clocked, Op, Sent, Source, VAULT, name};
+use super::source::{Clocked, Op, Sent, Source, VAULT, VOLUME_BYTES, name};
 use super::{CONFIG, assert_point, open, storage};
 use crate::alarm::AlarmCode;
 use crate::check::{Checker, Progress};
@@ -256,6 +256,38 @@ fn a_volume_may_not_change_its_shape() {
     source.volumes[1].name = name("vol0");
     source.connect(&mut world);
     assert_eq!(refusal(&source), RefuseCode::Volume);
+}
+
+/// Goal: no answer is taken for whole that is a part: what it does not name, the source believes to be equal. Method: more questions
+/// in one batch than a message has room for the answers to; each message must name all that differs of each question in it.
+#[test]
+fn answers_to_a_question_are_not_torn_apart() {
+    let target = open(&storage(15)).expect("a good disk");
+    let mut source = Source::new("db", "host-a", 1);
+    let mut world = Clocked::new(&target);
+    source.connect(&mut world);
+    let slots = VOLUME_BYTES / SLOT_BYTES;
+    // An odd number: no power of two is a multiple of it.
+    let differing: Vec<u64> = (0..slots).step_by(2).take(3).map(|slot| slot * SLOT_BYTES).collect();
+    assert!(differing.len() % 2 == 1, "{slots} slots");
+    let writes: Vec<_> = differing.iter().map(|offset| Op::Write(0, offset / 512, vec![1; 4096])).collect();
+    let first = source.batch(&writes, None);
+    source.send(&mut world, &first.bytes);
+    source.join_all(&mut world);
+    let questions = 20_000 / differing.len();
+    let sent = source.batch(&vec![Op::ProbeZero(0, 0, VOLUME_BYTES / 512); questions], None);
+    source.answers.clear();
+    source.send(&mut world, &sent.bytes);
+    assert!(source.answers.len() > 1, "all fits one message");
+    let mut told = 0;
+    for message in &source.answers {
+        for answers in message.results.chunk_by(|a, b| a.position == b.position) {
+            let named: Vec<u64> = answers.iter().map(|answer| answer.offset).collect();
+            assert_eq!(named, differing, "question {}", answers[0].position.0);
+            told += 1;
+        }
+    }
+    assert_eq!(told, questions);
 }
 
 /// Goal: a probe is compared with the content at its own ticket, before and after the join.
