@@ -30,7 +30,7 @@ Farshore's task runner.
         --list      say which suites there are and what each needs, and stop
     cargo xtask setup [SUITE…]
         Install what the suites need from outside (Debian, as root), and run nothing.
-    cargo xtask vm [--limit SECONDS] [-- COMMAND…]
+    cargo xtask vm [--limit SECONDS] [--memory MIB] [-- COMMAND…]
         Boot a virtual machine with a kernel that has ublk and device mapper; the host's files are there, read-only.
         Run the words of COMMAND in a shell and return its exit code; without a command, open a shell on this terminal
         (Ctrl-A X switches the machine off).
@@ -47,7 +47,7 @@ enum Request {
     List,
     Setup { suites: Vec<String> },
     Test { suites: Vec<String>, without: Vec<String> },
-    Vm { command: Option<String>, limit: Option<u64> },
+    Vm { command: Option<String>, limit: Option<u64>, memory: Option<u32> },
 }
 
 fn parse(args: &[String]) -> Result<Request> {
@@ -98,14 +98,21 @@ fn parse_vm(args: &[String]) -> Result<Request> {
         Some(at) => (&args[..at], &args[at + 1..]),
         None => (args, &args[args.len()..]),
     };
-    let limit = match flags {
-        [] => None,
-        [flag] if flag == "--help" || flag == "-h" => return Ok(Request::Help),
-        [flag, seconds] if flag == "--limit" => Some(seconds.parse().context("--limit needs a number of seconds")?),
-        _ => bail!("cargo xtask vm takes --limit SECONDS, and a command behind --\n\n{USAGE}"),
-    };
+    let (mut limit, mut memory) = (None, None);
+    for flag in flags.chunks(2) {
+        match flag {
+            [flag, ..] if flag == "--help" || flag == "-h" => return Ok(Request::Help),
+            [flag, value] if flag == "--limit" => {
+                limit = Some(value.parse().context("--limit needs a number of seconds")?);
+            }
+            [flag, value] if flag == "--memory" => {
+                memory = Some(value.parse().context("--memory needs a number of MiB")?);
+            }
+            _ => bail!("cargo xtask vm takes --limit SECONDS, --memory MIB, and a command behind --\n\n{USAGE}"),
+        }
+    }
     let command = if words.is_empty() { None } else { Some(words.join(" ")) };
-    Ok(Request::Vm { command, limit })
+    Ok(Request::Vm { command, limit, memory })
 }
 
 fn run() -> Result<bool> {
@@ -132,8 +139,9 @@ fn run() -> Result<bool> {
             print!("{}", report::summary(&reports));
             Ok(reports.iter().all(report::Report::is_good))
         }
-        Request::Vm { command, limit } => {
+        Request::Vm { command, limit, memory } => {
             let mut job = command.map_or_else(vm::Job::shell, vm::Job::new);
+            job.memory = memory.unwrap_or(job.memory);
             job.limit = limit.map_or(job.limit, std::time::Duration::from_secs);
             let ended = vm::run(&Workspace::read()?, &job, |_| {})?;
             std::process::exit(ended.code)
@@ -185,11 +193,15 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_takes_a_limit_and_words_for_its_shell() {
-        let vm = |command: Option<&str>, limit| Request::Vm { command: command.map(str::to_owned), limit };
+    fn a_machine_takes_limits_and_words_for_its_shell() {
+        let vm =
+            |command: Option<&str>, limit| Request::Vm { command: command.map(str::to_owned), limit, memory: None };
         assert_eq!(parse_words("vm").expect("a shell"), vm(None, None));
         assert_eq!(parse_words("vm -- uname -r").expect("a command"), vm(Some("uname -r"), None));
         assert_eq!(parse_words("vm --limit 60 -- exit 3").expect("both"), vm(Some("exit 3"), Some(60)));
+        let large = Request::Vm { command: Some("true".to_owned()), limit: Some(9), memory: Some(8192) };
+        assert_eq!(parse_words("vm --memory 8192 --limit 9 -- true").expect("all"), large);
         parse_words("vm --limit soon").expect_err("no number");
+        parse_words("vm --limit").expect_err("no value");
     }
 }

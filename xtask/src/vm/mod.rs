@@ -39,6 +39,9 @@ const DISKS: [Disk; 3] = [
     Disk { name: "vdc", bytes: 32 << 30, logical_block: 512 },
 ];
 
+/// Memory of a machine for which nobody asked for more, MiB.
+const MEMORY_DEFAULT: u32 = 4096;
+
 /// Time until a machine without a limit of its own is stopped.
 const LIMIT_DEFAULT: Duration = Duration::from_secs(8 * 60);
 
@@ -57,17 +60,25 @@ pub(crate) struct Job {
     pub(crate) programs: Vec<PathBuf>,
     /// Longest time of the command; then the machine is switched off.
     pub(crate) limit: Duration,
+    /// Memory of the machine, MiB. This host gives what the machine touches.
+    pub(crate) memory: u32,
 }
 
 impl Job {
     /// `command` within the usual time.
     pub(crate) fn new(command: impl Into<String>) -> Self {
-        Self { command: Some(command.into()), environment: Vec::new(), programs: Vec::new(), limit: LIMIT_DEFAULT }
+        Self { command: Some(command.into()), limit: LIMIT_DEFAULT, ..Self::shell() }
     }
 
     /// A shell for a person, for as long as that person likes.
     pub(crate) fn shell() -> Self {
-        Self { command: None, environment: Vec::new(), programs: Vec::new(), limit: Duration::from_secs(24 * 60 * 60) }
+        Self {
+            command: None,
+            environment: Vec::new(),
+            programs: Vec::new(),
+            limit: Duration::from_secs(24 * 60 * 60),
+            memory: MEMORY_DEFAULT,
+        }
     }
 }
 
@@ -91,7 +102,7 @@ pub(crate) fn run(workspace: &Workspace, job: &Job, mut each_line: impl FnMut(&s
     let kernel = Kernel::provide(&store)?;
     let run = RunFolder::new(&store)?;
     prepare(&run, workspace, &kernel, job)?;
-    let mut qemu = qemu(&run, &kernel)?;
+    let mut qemu = qemu(&run, &kernel, job.memory)?;
     println!("vm: Linux {} under QEMU, at most {} s", kernel.release, job.limit.as_secs());
     let started = Instant::now();
     if job.command.is_none() {
@@ -196,10 +207,10 @@ pub(crate) fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }
 
-fn qemu(run: &RunFolder, kernel: &Kernel) -> Result<Command> {
+fn qemu(run: &RunFolder, kernel: &Kernel, memory: u32) -> Result<Command> {
     let program = outside::QEMU_X86.find().context("qemu-system-x86_64 is missing (Debian: qemu-system-x86)")?;
     let mut command = Command::new(program);
-    command.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "4096"]);
+    command.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m"]).arg(memory.to_string());
     command.args(["-nographic", "-no-reboot", "-nic", "none"]);
     command.arg("-kernel").arg(kernel.image()).arg("-initrd").arg(run.initramfs());
     // Only what ends the kernel shows on the console; the rest is in its log.
