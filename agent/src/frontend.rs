@@ -170,6 +170,14 @@ impl Server {
         matches!(self, Self::Ublk(server) if server.has_failed())
     }
 
+    /// Of each queue of a block device the turn that does not end; see [`ServerHandle::turns_under_way`].
+    pub(crate) fn turns_under_way(&self) -> Vec<Option<u64>> {
+        match self {
+            Self::Nbd(_) => Vec::new(),
+            Self::Ublk(server) => server.turns_under_way(),
+        }
+    }
+
     /// What is to be kept of a device that outlives this process.
     pub(crate) fn disk(&self) -> Option<UblkDisk> {
         match self {

@@ -446,10 +446,10 @@ impl Group {
         self.volumes().into_iter().filter_map(disk_of).collect()
     }
 
-    /// A volume whose block device this process serves no longer, though nobody asked for that.
-    pub(crate) fn lost_server(&self) -> Option<String> {
-        let lost = self.served().iter().find(|(_, served)| served.server.has_failed()).map(|(index, _)| *index);
-        lost.map(|index| self.shared.volume_subject(index))
+    /// What serves, to be looked at without holding anything: with the name of its volume.
+    pub(crate) fn servers(&self) -> Vec<(String, Arc<Server>)> {
+        let served = self.served();
+        served.iter().map(|(&index, it)| (self.shared.volume_subject(index), Arc::clone(&it.server))).collect()
     }
 
     /// Looks whether anybody else has a source open for writing: a process that came before the volume was served, or that opened it

@@ -16,6 +16,10 @@ use crate::{Error, Result, clock};
 /// Writes of this long may go past us unseen until the compare begins. A look costs a volume one command of the device mapper.
 const PERIOD: Duration = Duration::from_secs(1);
 
+/// Looks in a row that find a queue at the same turn before it counts as hanging. A process that was held up itself, and all its
+/// threads with it, has looked once.
+const LOOKS_MAX: u32 = 4;
+
 /// Between two looks at what processes have open, which costs a look at each of their files.
 const WRITERS_PERIOD: Duration = Duration::from_secs(60);
 
@@ -26,11 +30,13 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    /// Watches `groups`, but not while somebody holds `changes`. `report` is told when a device has come or gone.
+    /// Watches `groups`; what others may have changed, not while somebody holds `changes`. `report` is told when a device has come
+    /// or gone.
     ///
-    /// Where the service of a block device has ended by itself (its queue panicked, its ring failed) this process ends as by a crash: the
-    /// kernel keeps the requests of all its devices for the next one. *(It could not serve that device again itself: what it holds of
-    /// the source, and of the ring, is in an unknown state. An orderly stop would take the other devices from their users.)*
+    /// Where the service of a block device has ended by itself (its queue panicked, its ring failed), or one of its queues hangs,
+    /// this process ends as by a crash: the kernel keeps the requests of all its devices for the next one. *(It could not serve that
+    /// device again itself: what it holds of the source, and of the ring, is in an unknown state. An orderly stop would take the
+    /// other devices from their users.)*
     pub(crate) fn start(
         groups: Arc<RwLock<BTreeMap<Name, Arc<Group>>>>,
         changes: Arc<Mutex<()>>,
@@ -39,17 +45,12 @@ impl Watch {
         let (stop, stopped) = sync_channel(0);
         let thread = std::thread::Builder::new().name("farshore-watch".into()).spawn(move || {
             let mut writers_due = clock::now();
+            let mut turns = Turns::default();
             while stopped.recv_timeout(PERIOD) == Err(RecvTimeoutError::Timeout) {
+                let all: Vec<_> = groups.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+                end_if_not_serving(&all, &mut turns);
                 // Whoever holds it looks himself, or makes what is to be looked at later.
                 let Ok(_changes) = changes.try_lock() else { continue };
-                let all: Vec<_> = groups.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
-                if let Some(volume) = all.iter().find_map(|group| group.lost_server()) {
-                    tracing::error!(
-                        volume,
-                        "its block device is served no longer: this process makes room for another"
-                    );
-                    std::process::abort();
-                }
                 if writers_due <= clock::now() {
                     all.iter().for_each(|group| group.watch_writers());
                     writers_due = clock::now().plus(WRITERS_PERIOD);
@@ -65,6 +66,45 @@ impl Watch {
     }
 }
 
+/// Ends this process if a block device is served no longer, or a queue of one hangs.
+fn end_if_not_serving(groups: &[Arc<Group>], turns: &mut Turns) {
+    let servers: Vec<_> = groups.iter().flat_map(|group| group.servers()).collect();
+    let lost = servers.iter().find(|(_, server)| server.has_failed()).map(|(volume, _)| volume);
+    let hangs = turns.handle_look(
+        servers.iter().flat_map(|(volume, server)| (0_u16..).zip(server.turns_under_way()).map(move |at| (volume, at))),
+    );
+    if let Some(volume) = lost {
+        tracing::error!(volume, "its block device is served no longer: this process makes room for another");
+        std::process::abort();
+    }
+    if let Some((volume, queue)) = hangs {
+        tracing::error!(volume, queue, "a queue of its block device hangs: this process makes room for another");
+        std::process::abort();
+    }
+}
+
+/// The turns at which queues were found. Which of several queues hangs cannot be seen from outside, where the others' traffic hides
+/// it.
+#[derive(Debug, Default)]
+struct Turns(BTreeMap<(String, u16), (u64, u32)>);
+
+impl Turns {
+    /// Notes for each queue the turn that it is at, or that it waits; the first one that hangs.
+    fn handle_look<'a>(
+        &mut self,
+        queues: impl Iterator<Item = (&'a String, (u16, Option<u64>))>,
+    ) -> Option<(String, u16)> {
+        let before = std::mem::take(&mut self.0);
+        for (volume, (queue, turn)) in queues {
+            let Some(turn) = turn else { continue };
+            let place = (volume.clone(), queue);
+            let looks = before.get(&place).filter(|seen| seen.0 == turn).map_or(0, |seen| seen.1) + 1;
+            self.0.insert(place, (turn, looks));
+        }
+        self.0.iter().find(|(_, seen)| seen.1 >= LOOKS_MAX).map(|(place, _)| place.clone())
+    }
+}
+
 impl Drop for Watch {
     fn drop(&mut self) {
         drop(self.stop.take());
@@ -73,5 +113,27 @@ impl Drop for Watch {
         {
             tracing::error!("the watch thread panicked: nobody noticed growth and other tools' tables");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: only a queue that stays in one turn hangs, whatever the others do, and only after the looks. Method: a queue that waits,
+    /// one that works, one that comes back in the last moment and is then lost.
+    #[test]
+    fn a_queue_hangs_that_stays_in_one_turn() {
+        let volume = String::from("db/disk");
+        let mut turns = Turns::default();
+        let mut look = |second: u64, third: Option<u64>| {
+            let queues = [(0, None), (1, Some(second)), (2, third)];
+            turns.handle_look(queues.into_iter().map(|queue| (&volume, queue)))
+        };
+        let steps = [Some(5), Some(5), Some(5), Some(6), Some(6), Some(6), None, Some(6), Some(6), Some(6)];
+        for (at, third) in (0..).zip(steps) {
+            assert_eq!(look(at, third), None, "look {at}");
+        }
+        assert_eq!(look(99, Some(6)), Some((volume.clone(), 2)));
     }
 }

@@ -184,9 +184,17 @@ impl<D: BlockDevice> Queue<D> {
     /// If the ring fails, a command was refused, or another queue of the device has failed. The device then waits for the next
     /// server, as soon as all queues are dropped.
     pub(crate) fn run(&mut self) -> io::Result<()> {
+        let ended = self.turns();
+        // What has ended is not in a turn.
+        self.setup.counters.waits.add(1);
+        ended
+    }
+
+    fn turns(&mut self) -> io::Result<()> {
         while self.open > 0 {
             let last = self.ending && self.under_way == 0;
             let deadline = last.then(|| now() + LAST_WAIT);
+            self.setup.counters.waits.add(1);
             self.reactor.run_once(Wait::Until(deadline))?;
             if deadline.is_some_and(|deadline| now() >= deadline) {
                 break;

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::Duration;
 
 use farshore_uring::BlockDevice;
@@ -350,10 +350,22 @@ impl ServerHandle {
     }
 
     /// Whether a queue is no longer served although nobody asked for that: its back end or its ring has failed, or it panicked. The
-    /// device waits for its next server then.
+    /// device waits for its next server then. Never waits: while it is being stopped, the answer is no.
     #[must_use]
     pub fn has_failed(&self) -> bool {
-        self.lock().iter().any(Thread::is_finished)
+        let threads = match self.threads.try_lock() {
+            Ok(threads) => threads,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return false,
+        };
+        threads.iter().any(Thread::is_finished)
+    }
+
+    /// Of each queue, the turn of its loop that it is at; `None`: it waits for the kernel. A turn takes microseconds and waits for
+    /// nothing: one that does not end says that the queue's thread, and so the guest's requests on that queue, hang in the back end.
+    #[must_use]
+    pub fn turns_under_way(&self) -> Vec<Option<u64>> {
+        self.counters.iter().map(|queue| queue.turn()).collect()
     }
 
     /// Tells the kernel that the device has grown to `bytes`. The back end must have it already.

@@ -21,6 +21,8 @@ pub struct Stats {
     pub bytes_written: u64,
     /// Turns of the queues' loops. Grows while requests come; one turn is one entry into the kernel.
     pub turns: u64,
+    /// Entries into the kernel to wait for the next turn: one more than turns of each queue that waits now.
+    pub waits: u64,
     /// System calls made for a single request's data, apart from the turns.
     pub copy_calls: u64,
 }
@@ -46,7 +48,15 @@ macro_rules! counters {
     };
 }
 
-counters!(reads, writes, flushes, discards, errors, bytes_read, bytes_written, turns, copy_calls);
+counters!(reads, writes, flushes, discards, errors, bytes_read, bytes_written, turns, waits, copy_calls);
+
+impl Counters {
+    /// The turn that the queue's thread is at; `None`: it waits in the kernel.
+    pub(crate) fn turn(&self) -> Option<u64> {
+        let (turns, waits) = (self.turns.0.load(Ordering::Relaxed), self.waits.0.load(Ordering::Relaxed));
+        (waits == turns).then_some(turns)
+    }
+}
 
 /// A counter with one writer.
 #[derive(Default, Debug)]

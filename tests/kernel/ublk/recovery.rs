@@ -235,8 +235,7 @@ fn a_queue_that_panics_leaves_a_device_to_be_recovered() -> Result<()> {
     let control = machine()?;
     let backing = farshore_uring::BackingOptions { direct: farshore_uring::Direct::On, read_only: false };
     let config = farshore_ublk::ServerConfig { queues: 2, ..farshore_ublk::ServerConfig::default() };
-    let broken = Odd { disk: FileDevice::open(DISK_512.as_ref(), backing)?, fault: Fault::Panic };
-    let server = Server::start(config, Arc::new(broken))?;
+    let server = Server::start(config, Arc::new(odd(Fault::Panic)?))?;
     let id = server.id();
     let load = Fio::start(&server.block_path(), "--rw=randwrite --bs=4k --size=16m --iodepth=16 --verify=crc32c")?;
     until("a queue panics", || !server.is_serving())?;
@@ -254,10 +253,7 @@ fn a_queue_that_panics_leaves_a_device_to_be_recovered() -> Result<()> {
 #[test]
 fn a_process_that_lives_on_loses_no_request() -> Result<()> {
     let control = machine()?;
-    let backing = farshore_uring::BackingOptions { direct: farshore_uring::Direct::On, read_only: false };
-    let device = || -> Result<_> {
-        Ok(Arc::new(Odd { disk: FileDevice::open(DISK_512.as_ref(), backing)?, fault: Fault::SlowEnd }))
-    };
+    let device = || odd(Fault::SlowEnd).map(Arc::new);
     let mut server = Server::start(farshore_ublk::ServerConfig::default(), device()?)?;
     let id = server.id();
     let options = "--rw=randwrite --bs=4k --size=16m --iodepth=32 --numjobs=3 --offset_increment=64m \
@@ -278,12 +274,50 @@ fn a_process_that_lives_on_loses_no_request() -> Result<()> {
     Ok(())
 }
 
+/// Goal: who serves sees which of its queues hangs, whatever the other one does. Method: a back end that stands still in one queue,
+/// which is sent requests by one processor; the other one goes on.
+#[test]
+fn a_queue_that_hangs_is_seen() -> Result<()> {
+    machine()?;
+    let config = farshore_ublk::ServerConfig { queues: 2, ..farshore_ublk::ServerConfig::default() };
+    let device = odd(Fault::Hang)?;
+    let go_on = Arc::clone(&device.go_on);
+    let server = Server::start(config, Arc::new(device))?;
+    let held = Fio::start(&server.block_path(), "--rw=randwrite --bs=4k --size=4m --iodepth=4 --cpus_allowed=0")?;
+    let mut hangs = None;
+    until("a queue hangs", || {
+        let before = server.turns_under_way();
+        std::thread::sleep(Duration::from_millis(500));
+        hangs = (0..2).find(|&at| before[at].is_some() && server.turns_under_way()[at] == before[at]);
+        hangs.is_some()
+    })?;
+    let hangs = hangs.context("a queue")?;
+    let (turn, turns) = (server.turns_under_way()[hangs], server.stats().turns);
+    fio(&server.block_path(), "--rw=randread --bs=4k --size=1m --iodepth=4 --cpus_allowed=1")?;
+    ensure!(server.stats().turns > turns, "the other queue serves");
+    ensure!(turn.is_some() && server.turns_under_way()[hangs] == turn && server.turns_under_way()[1 - hangs].is_none());
+    go_on.store(true, std::sync::atomic::Ordering::Relaxed);
+    held.finish()?;
+    until("both wait", || server.turns_under_way() == [None, None])?;
+    server.stop(farshore_ublk::Stop::IfUnused)?;
+    ensure!(server.turns_under_way() == [None, None], "what has ended hangs nowhere");
+    Ok(())
+}
+
+/// The disk, through a program with a fault.
+fn odd(fault: Fault) -> Result<Odd> {
+    let backing = farshore_uring::BackingOptions { direct: farshore_uring::Direct::On, read_only: false };
+    Ok(Odd { disk: FileDevice::open(DISK_512.as_ref(), backing)?, fault, go_on: Arc::default() })
+}
+
 use odd::{Fault, Odd};
 
 mod odd {
     //! Devices with a fault in their program.
 
     use std::io;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::time::Duration;
 
     use farshore_uring::{
@@ -297,16 +331,20 @@ mod odd {
         Panic,
         /// The queue's thread takes 20 ms to give up its queue, after that has closed its ring.
         SlowEnd,
+        /// Each queue stands still at its 300th write until it is told to go on.
+        Hang,
     }
 
     pub(super) struct Odd {
         pub(super) disk: FileDevice,
         pub(super) fault: Fault,
+        pub(super) go_on: Arc<AtomicBool>,
     }
 
     pub(super) struct OddQueue {
         queue: FileQueue,
         fault: Fault,
+        go_on: Arc<AtomicBool>,
         writes: u32,
     }
 
@@ -319,7 +357,8 @@ mod odd {
         }
 
         fn open_queue<I: Io<AlignedBuf>>(&self, io: &mut I) -> io::Result<OddQueue> {
-            Ok(OddQueue { queue: self.disk.open_queue(io)?, fault: self.fault, writes: 0 })
+            let (queue, go_on) = (self.disk.open_queue(io)?, Arc::clone(&self.go_on));
+            Ok(OddQueue { queue, fault: self.fault, go_on, writes: 0 })
         }
 
         fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
@@ -337,6 +376,9 @@ mod odd {
         fn submit<I: Io<AlignedBuf>>(&mut self, io: &mut I, tag: u32, request: Request<AlignedBuf>) {
             self.writes += u32::from(matches!(request, Request::Write { .. }));
             assert!(self.fault != Fault::Panic || self.writes < 300, "the fault of this device");
+            while self.fault == Fault::Hang && self.writes == 300 && !self.go_on.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(10));
+            }
             self.queue.submit(io, tag, request);
         }
 
