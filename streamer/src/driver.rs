@@ -13,6 +13,7 @@ use farshore_proto::{GroupId, Incarnation, Now, WallTime};
 use farshore_ring::{CellRef, Consumer, Ring};
 
 use crate::capture::CaptureRing;
+use crate::haste::Urgency;
 use crate::inbox::{Inbox, Input};
 use crate::machine::{StreamEvent, StreamStatus, Streamer, StreamerConfig};
 use crate::pool::WorkPool;
@@ -28,6 +29,8 @@ const SLEEP_MAX: Duration = Duration::from_secs(1);
 const RECORD_RETRY: Duration = Duration::from_secs(1);
 /// Longest wait of another thread for the figures.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
+/// Time between two looks at how much the stream is pressed.
+const PRESSURE_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What the streamer needs of the group's capture, and what it tells it. Implemented by the agent over `CaptureGroup`,
 /// `Cutter` and `Sync`; called on the streamer's thread.
@@ -125,6 +128,7 @@ impl StreamerHandle {
             pending: None,
             stopping: None,
             stop: Arc::clone(&stop),
+            urgency: (clock.now(), Urgency::default()),
         };
         let thread = std::thread::Builder::new().name(thread_name.clone()).spawn(move || {
             farshore_uring::work_in_background();
@@ -223,6 +227,8 @@ struct Driver {
     /// When draining ends.
     stopping: Option<Now>,
     stop: Arc<StopRequest>,
+    /// With the time of the next look.
+    urgency: (Now, Urgency),
 }
 
 impl Driver {
@@ -294,6 +300,11 @@ impl Driver {
         let more = self.streamer.pull(now) || more;
         self.move_output(now);
         self.record(now);
+        if self.urgency.0 <= now {
+            self.urgency.0 = now.plus(PRESSURE_INTERVAL);
+            let pressure = self.streamer.pressure(self.clock.wall());
+            self.urgency.1.handle(pressure, self.stopping.is_some());
+        }
         if self.streamer.source_mut().is_closed() {
             let wall = self.clock.wall();
             self.capture.reopen(self.streamer.source_mut().consumer_mut(), wall);

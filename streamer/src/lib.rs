@@ -35,6 +35,7 @@ mod drain;
 mod driver;
 mod error;
 mod hash;
+mod haste;
 mod inbox;
 mod level;
 mod look;

@@ -56,7 +56,7 @@ impl<P> Drop for WorkPool<P> {
 }
 
 fn run<P: std::ops::Deref<Target = [u8]>>(mut worker: Worker, work: &Receiver<Work<P>>, give: &impl Fn(Done<P>)) {
-    farshore_uring::work_in_background();
+    let _standing = farshore_uring::StandsBack::begin();
     for work in work {
         let (start, waited) = (clock(), waited_for_processor());
         let mut done = worker.run(work);

@@ -25,7 +25,7 @@ pub use file_device::{FileDevice, FileQueue};
 pub use io::{Allocate, CommandCompletion, Completion, FileSlot, Io, Op, Token};
 pub use net::{NetCompletion, NetEvent, SEND_PIECES_MAX, SendBuf, SendList};
 pub use null_device::{NullDevice, NullQueue};
-pub use priority::work_in_background;
+pub use priority::{Haste, StandsBack, work_in_background};
 pub use reactor::{Reactor, Wait};
 pub use storage::{Device, OpenMode, Storage, StorageFile, replace_file, replace_files};
 pub use waker::Waker;

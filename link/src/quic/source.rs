@@ -146,7 +146,7 @@ impl SourceLink {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Thread)?;
         let shared = Arc::clone(&self.shared);
         let run = move || {
-            farshore_uring::work_in_background();
+            let _standing = farshore_uring::StandsBack::begin();
             match index {
                 0 => {
                     runtime.block_on(driver::run_first(shared));

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use farshore_proto::{BatchNo, ChainHash, Generation, Incarnation, WallTime};
 
+use crate::haste::Pressure;
 use crate::seal::Level;
 use crate::source::{Fill, RingSource};
 
@@ -105,20 +106,20 @@ impl<S: RingSource> Streamer<S> {
     pub fn status(&self, wall: WallTime) -> StreamStatus {
         let sums = &self.counters;
         let under_way: u64 = self.slots.iter().map(|slot| slot.payload_bytes).sum();
-        let newest = self.state.newest_point;
+        let Pressure { fill, age, event_open } = self.pressure(wall);
         StreamStatus {
             phase: self.phase(),
             reason: self.paused.clone().or_else(|| self.last_reason.clone()),
             generation: self.config.generation,
             incarnation: self.state.incarnation,
             durable: (self.state.number, self.state.chain),
-            newest_point: newest,
-            rpo: (newest != WallTime(0)).then(|| wall.since(newest)),
-            event_open: self.state.flags.event_open,
+            newest_point: self.state.newest_point,
+            rpo: age,
+            event_open,
             lag_bytes: under_way + self.drain.waiting_bytes(),
             window: (self.slots.len(), self.window_used()),
             window_limit: self.window_limit(),
-            ring: self.source.fill(),
+            ring: fill,
             ring_closed: self.source.is_closed(),
             written_bytes: sums.written_bytes,
             shipped_bytes: sums.shipped_bytes,
@@ -130,6 +131,16 @@ impl<S: RingSource> Streamer<S> {
             rtt: self.session.rtt(),
             rate: self.meter.rate(),
             leased: self.lease.as_ref().map_or(0, |lease| lease.len()),
+        }
+    }
+
+    /// How much the stream is pressed.
+    pub(crate) fn pressure(&self, wall: WallTime) -> Pressure {
+        let newest = self.state.newest_point;
+        Pressure {
+            fill: self.source.fill(),
+            age: (newest != WallTime(0)).then(|| wall.since(newest)),
+            event_open: self.state.flags.event_open,
         }
     }
 
