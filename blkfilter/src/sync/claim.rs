@@ -32,6 +32,20 @@ pub(super) fn cell_bytes(len: usize) -> u64 {
     (len as u64).next_power_of_two().max(4096)
 }
 
+/// Of each of `count` slots from `first` on, whether the results of a question name it as different.
+pub(super) fn differing(first: u64, count: u64, results: &[Answer]) -> Vec<bool> {
+    let slots = first..first + count;
+    let mut differs = vec![false; usize::try_from(count).expect("at most ZERO_RUN")];
+    for answer in results.iter().filter(|answer| !answer.equal && answer.len > 0) {
+        let last = SlotNo::of_byte(answer.offset.saturating_add(answer.len - 1)).0;
+        let named = SlotNo::of_byte(answer.offset).0.max(slots.start)..last.saturating_add(1).min(slots.end);
+        for slot in named {
+            differs[usize::try_from(slot - slots.start).expect("at most ZERO_RUN")] = true;
+        }
+    }
+    differs
+}
+
 impl Syncer {
     /// Forgets what of sync's has left the ring.
     pub(super) fn account(&mut self) {
@@ -129,6 +143,22 @@ impl Syncer {
         id: Option<ChunkId>,
         tries: u8,
     ) -> Result<(), NoRoom> {
+        let position = self.publish_question(volume, first, count, id, false)?;
+        let question = Question { volume, first, count, zero: id.is_none(), tries, durable: None };
+        self.questions.insert(position, question);
+        Ok(())
+    }
+
+    /// Puts a question into the stream; its position. `locked`: the caller holds a range lock, and so does not wait for somebody who
+    /// drops a whole ring.
+    pub(super) fn publish_question(
+        &mut self,
+        volume: u16,
+        first: u64,
+        count: u64,
+        id: Option<ChunkId>,
+        locked: bool,
+    ) -> Result<u64, NoRoom> {
         let of = Arc::clone(&self.volumes.get(&volume).ok_or(NoRoom)?.volume);
         let payload = id.as_ref().map_or(&[][..], |ChunkId(bytes)| &bytes[..]);
         let mut reservation = self.reserve(payload.len())?;
@@ -143,7 +173,7 @@ impl Syncer {
             ..Desc::default()
         };
         let group = Arc::clone(&self.group);
-        let claims = group.claims();
+        let claims = if locked { group.try_claims()? } else { group.claims() };
         // A question claimed after a new epoch began is answered in it.
         let position = self.producer.publish(reservation, &desc).map_err(|_| NoRoom)?;
         let epoch = group.epoch();
@@ -152,26 +182,16 @@ impl Syncer {
         if epoch != self.epoch {
             self.check_epoch();
         }
-        let question = Question { volume, first, count, zero: id.is_none(), tries, durable: None };
-        self.questions.insert(position, question);
-        Ok(())
+        Ok(position)
     }
 
     /// The results of one question: those that differ are named (or one "equal" for all).
     pub(super) fn answered(&mut self, question: &Question, results: &[Answer]) {
-        let slots = question.first..question.first + question.count;
-        let mut differs = vec![false; usize::try_from(question.count).expect("at most ZERO_RUN")];
-        for answer in results.iter().filter(|answer| !answer.equal && answer.len > 0) {
-            let last = SlotNo::of_byte(answer.offset.saturating_add(answer.len - 1)).0;
-            let named = SlotNo::of_byte(answer.offset).0.max(slots.start)..last.saturating_add(1).min(slots.end);
-            for slot in named {
-                differs[usize::try_from(slot - slots.start).expect("at most ZERO_RUN")] = true;
-            }
-        }
+        let differs = differing(question.first, question.count, results);
         if let Some(volume) = self.volumes.get_mut(&question.volume).filter(|_| !question.zero) {
             differs.iter().for_each(|differs| volume.answers.answered(!differs));
         }
-        let mut at = slots.start;
+        let mut at = question.first;
         for run in differs.chunk_by(|a, b| a == b) {
             let count = run.len() as u64;
             if run[0] {

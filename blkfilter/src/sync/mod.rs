@@ -19,6 +19,7 @@
 mod claim;
 mod scan;
 mod slot;
+mod verify;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -34,6 +35,8 @@ use farshore_uring::{BlockDevice, BufPool, Completion, Errno, Extent, FileSlot, 
 
 use self::claim::Claim;
 use self::slot::{Job, Task};
+use self::verify::{CHECK, CHECKS, Verify};
+pub use self::verify::{DIFFERENCES_MAX, VerifyEvent, VerifyFound, VerifyOrder, VerifyProgress};
 use crate::range_lock::Owner;
 use crate::{BackingFile, Buf, CaptureGroup, FilterVolume, Volume};
 
@@ -98,7 +101,7 @@ pub struct SyncProgress {
     pub eta: Option<Duration>,
 }
 
-/// Sync of one group. Performs no I/O of its own; runs on a thread of its own (it asks files for their holes, which may block), or in
+/// Sync of one group, and the verify of what is in sync ([`Self::begin_verify`]). Performs no I/O of its own; runs on a thread of its own (it asks files for their holes, which may block), or in
 /// a simulation.
 ///
 /// Inputs: [`Self::handle_live`], [`Self::handle_break`], [`Self::handle_answers`], [`Self::handle_durable`],
@@ -147,6 +150,7 @@ pub struct Syncer {
     /// The last turn ended before its work did.
     again: bool,
     run: Run,
+    verify: Verify,
 }
 
 /// One volume in sync's eyes.
@@ -245,6 +249,7 @@ impl Syncer {
             next_late: Now(0),
             again: false,
             run: Run::default(),
+            verify: Verify::default(),
         }
     }
 
@@ -261,8 +266,8 @@ impl Syncer {
         let Some(volume) = filter.volume() else { return Ok(()) };
         self.remove_volume(io, volume.index);
         let file = filter.file().register(io)?;
-        // One request per task, and one for the brief locks.
-        let ops = u16::try_from(self.tasks.len() + 1).expect("the window is at most 256");
+        // One request per task, one for the brief locks, and verify's.
+        let ops = u16::try_from(self.tasks.len() + 1 + CHECKS).expect("the window is at most 256");
         let Some(owner) = volume.lock.owner(ops, io.waker()) else {
             io.unregister(file);
             return Err(io::Error::new(
@@ -292,6 +297,7 @@ impl Syncer {
 
     /// Forgets a volume; reads under way end unheard. Before [`CaptureGroup::remove_volume`].
     pub fn remove_volume<I: Io<Buf>>(&mut self, io: &mut I, index: VolumeIndex) {
+        self.end_verify(index.0);
         let Some(gone) = self.volumes.remove(&index.0) else { return };
         self.jobs.retain(|job| job.volume() != index.0);
         self.delayed.retain(|(_, job)| job.volume() != index.0);
@@ -327,6 +333,7 @@ impl Syncer {
         for question in std::mem::replace(&mut self.questions, later).into_values() {
             self.release(question.volume, question.first, question.count);
         }
+        self.forget_asked(from);
     }
 
     /// The session is gone.
@@ -353,7 +360,10 @@ impl Syncer {
             let results = &answers.results[at..at + same];
             at += same;
             let asked = self.questions.get(&first.position.0).filter(|question| question.volume == first.volume.0);
-            let Some(question) = asked.copied() else { continue };
+            let Some(question) = asked.copied() else {
+                self.check_answered(first.volume, first.position, results);
+                continue;
+            };
             self.questions.remove(&first.position.0);
             self.answered(&question, results);
         }
@@ -365,13 +375,18 @@ impl Syncer {
         for (_, question) in self.questions.range_mut(..position.0) {
             question.durable.get_or_insert(now);
         }
+        self.checks_durable(position);
         self.settle(position.0);
     }
 
     /// A read of sync's ended.
     pub fn handle_completion<I: Io<Buf>>(&mut self, io: &mut I, now: Now, completion: Completion<Buf>) {
         self.now = self.now.max(now);
-        self.read_ended(io, completion);
+        if completion.token.value() & CHECK != 0 {
+            self.check_read(completion);
+        } else {
+            self.read_ended(io, completion);
+        }
     }
 
     /// Another thread woke this one: a range became free, or something is missing.
@@ -394,6 +409,9 @@ impl Syncer {
             self.work(io);
         }
         self.conclude();
+        if self.running() {
+            self.verify(io);
+        }
         if self.producer.consumer_sleeping() {
             self.group.wake_consumer();
         }
@@ -413,7 +431,7 @@ impl Syncer {
         if !self.jobs.is_empty() && self.allowed > self.now {
             deadline = deadline.min(self.allowed);
         }
-        let tasks = self.tasks.iter().flatten().filter_map(Task::deadline);
+        let tasks = self.tasks.iter().flatten().filter_map(Task::deadline).chain(self.verify_deadline());
         // Only `work` takes them.
         let jobs = self.delayed.iter().filter(|_| self.running()).map(|(at, _)| *at);
         Some(tasks.chain(jobs).fold(deadline, Now::min))
@@ -480,7 +498,11 @@ impl Syncer {
             .flat_map(|(index, volume)| std::iter::from_fn(|| volume.owner.poll_granted()).map(|op| (*index, op)))
             .collect();
         for (volume, op) in granted {
-            self.locked(io, volume, op);
+            if op < self.check_op(0) {
+                self.locked(io, volume, op);
+            } else {
+                self.check_locked(io, volume, op);
+            }
         }
     }
 
@@ -519,6 +541,7 @@ impl Syncer {
         for question in std::mem::take(&mut self.questions).into_values() {
             self.release(question.volume, question.first, question.count);
         }
+        self.forget_asked(Position(u64::MAX));
         // Questions not yet asked are asked later: their content is as good as before.
     }
 
@@ -527,6 +550,7 @@ impl Syncer {
         if self.next_late <= self.now {
             self.next_late = self.now.plus(RESCAN);
             self.ask_again();
+            self.ask_checks_again();
         }
         for (op, task) in (0_u16..).zip(&mut self.tasks) {
             let Some(task) = task else { continue };
@@ -535,6 +559,7 @@ impl Syncer {
                 volume.owner.unlock(op, range);
             }
         }
+        self.expire_checks();
     }
 
     /// Questions whose answer does not come.

@@ -11,7 +11,7 @@ use super::{RESCAN, SyncVolume, Syncer};
 /// Most slots watched at one time for reading: the watch begins with the run, so a longer one is torn more often.
 const DATA_RUN: u64 = 64;
 /// Most slots of one record of zeroes: 64 MiB.
-const ZERO_RUN: u64 = 1024;
+pub(super) const ZERO_RUN: u64 = 1024;
 
 impl Syncer {
     /// Looks for the next run of missing slots and makes jobs of it. `false`: there is none now.
@@ -114,7 +114,7 @@ impl SyncVolume {
     }
 
     /// Of each of `count` slots from `first` on (as far as the volume goes), whether the backing file says that it is zero.
-    fn zero_slots(&self, first: u64, count: u64) -> Vec<bool> {
+    pub(super) fn zero_slots(&self, first: u64, count: u64) -> Vec<bool> {
         let range = self.volume.bytes_of(first, count);
         let mut zero =
             vec![false; usize::try_from((range.end - range.start).div_ceil(SLOT_BYTES)).expect("a short run")];

@@ -7,3 +7,4 @@ mod rig;
 mod rules;
 mod syncing;
 mod threads;
+mod verifying;

@@ -117,6 +117,8 @@ pub(crate) struct Rig {
     /// Guests' requests that failed.
     pub(crate) failed: u64,
     pub(crate) restarts: u64,
+    /// Points are checked. Not after a test has spoilt a side.
+    pub(crate) points_hold: bool,
 }
 
 pub(crate) fn identity() -> RingIdentity {
@@ -189,6 +191,7 @@ impl Rig {
             checked_cuts: 0,
             failed: 0,
             restarts: 0,
+            points_hold: true,
             config,
         };
         rig.open();
@@ -387,7 +390,11 @@ impl Rig {
     pub(crate) fn apply(&mut self) -> bool {
         let Some((position, recoverable)) = self.replica.apply_batch() else { return false };
         // Not every one: a check looks at every sector.
-        if recoverable && !self.replica.joined.is_empty() && (self.checked_cuts < 5 || self.rng.chance(1, 4)) {
+        if self.points_hold
+            && recoverable
+            && !self.replica.joined.is_empty()
+            && (self.checked_cuts < 5 || self.rng.chance(1, 4))
+        {
             let joined = self
                 .replica
                 .joined
