@@ -319,6 +319,15 @@ impl Agent {
         Ok(volume_document(&group, &volume))
     }
 
+    /// Begins to verify all volumes of a group; `repair`: after a resync of what is known to differ.
+    ///
+    /// # Errors
+    /// No such group, or nothing in it.
+    pub fn verify(&self, group: &str, repair: bool) -> Result<Value> {
+        let _inside = self.requests.enter()?;
+        self.group(group)?.order_verify(repair)
+    }
+
     /// All protected volumes.
     ///
     /// # Errors
@@ -386,6 +395,7 @@ impl Agent {
             },
             "cut_min_s": group.policy().cut_min.as_secs_f64(),
             "sync": sync_document(group),
+            "verify": group.verify_document(),
             "alarms": self.context.alarms.list(Some(name)),
         })
     }

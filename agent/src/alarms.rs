@@ -21,6 +21,8 @@ pub(crate) mod code {
     pub(crate) const WRITE_FAILED: &str = "volume.write-failed";
     /// The backing device cannot be read somewhere.
     pub(crate) const UNREADABLE: &str = "volume.unreadable";
+    /// Verify has found that source and replica differ.
+    pub(crate) const DIFFERS: &str = "volume.differs";
     /// A volume cannot be served.
     pub(crate) const UNAVAILABLE: &str = "volume.unavailable";
     /// It was, or may have been, written past us.

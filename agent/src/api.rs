@@ -8,6 +8,7 @@
 //! | `GET /v1/alarms` | what needs attention |
 //! | `POST /v1/protect` | [`ProtectRequest`] |
 //! | `POST /v1/unprotect`, `POST /v1/resync` | [`VolumeRequest`] |
+//! | `POST /v1/verify` | [`VerifyRequest`] |
 //! | `POST /v1/bookmark`, `POST /v1/wait` | [`PointRequest`] |
 
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -49,6 +50,17 @@ pub struct ProtectRequest {
 pub struct VolumeRequest {
     /// The volume.
     pub volume: String,
+}
+
+/// Order to compare a group's volumes with their replicas.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VerifyRequest {
+    /// Group.
+    pub group: String,
+    /// First make the replica like the source where they are known to differ.
+    #[serde(default)]
+    pub repair: bool,
 }
 
 /// Order for a point, with the time after which to give up.
@@ -107,6 +119,7 @@ pub fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/protect", post(protect))
         .route("/v1/unprotect", post(unprotect))
         .route("/v1/resync", post(resync))
+        .route("/v1/verify", post(verify))
         .route("/v1/bookmark", post(point))
         .route("/v1/wait", post(point))
         .with_state(agent)
@@ -129,6 +142,11 @@ async fn unprotect(State(agent): State<Arc<Agent>>, Json(request): Json<VolumeRe
 async fn resync(State(agent): State<Arc<Agent>>, Json(request): Json<VolumeRequest>) -> Result<Response> {
     let volume = blocking(move || agent.resync(&request.volume)).await?;
     Ok(Json(volume).into_response())
+}
+
+async fn verify(State(agent): State<Arc<Agent>>, Json(request): Json<VerifyRequest>) -> Result<Response> {
+    let ordered = blocking(move || agent.verify(&request.group, request.repair)).await?;
+    Ok(Json(ordered).into_response())
 }
 
 async fn point(State(agent): State<Arc<Agent>>, Json(request): Json<PointRequest>) -> Result<Response> {

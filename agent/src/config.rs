@@ -72,6 +72,12 @@ pub struct GroupFile {
     /// Bytes per second that sync may read.
     #[serde(default, deserialize_with = "size")]
     pub sync_rate: Option<u64>,
+    /// Bytes per second at which volumes are verified; `"0"`: they are not.
+    #[serde(default, deserialize_with = "size")]
+    pub verify_rate: Option<u64>,
+    /// Time from one pass's begin to the next.
+    #[serde(default, deserialize_with = "duration")]
+    pub verify_every: Option<Duration>,
     /// zstd level, or `"auto"` / `"none"`.
     pub compression: Option<String>,
 }
@@ -157,6 +163,11 @@ pub struct GroupPolicy {
     pub bandwidth: Option<u64>,
     /// Bytes per second that sync reads; none: as fast as it goes.
     pub sync_rate: Option<u64>,
+    /// Bytes per second at which the source is compared with its replica all the time; none: only when a person asks. Default 1 MiB,
+    /// 64 KiB or more: a volume of 100 GiB takes 28 hours. A pass holds the range of one slot while it reads that.
+    pub verify_rate: Option<u64>,
+    /// Time from one pass's begin to the next, or as long as the pass takes. Default 24 h, 1 min to a year.
+    pub verify_every: Duration,
     /// How hard to compress.
     pub compression: CompressionPolicy,
 }
@@ -181,6 +192,8 @@ impl Default for GroupPolicy {
             every_write: false,
             bandwidth: None,
             sync_rate: None,
+            verify_rate: Some(1 << 20),
+            verify_every: Duration::from_secs(24 * 60 * 60),
             compression: CompressionPolicy::Auto,
         }
     }
@@ -280,13 +293,18 @@ impl GroupPolicy {
             },
             bandwidth: table.bandwidth,
             sync_rate: table.sync_rate,
+            verify_rate: table.verify_rate.map_or(default.verify_rate, |rate| (rate > 0).then_some(rate)),
+            verify_every: table.verify_every.unwrap_or(default.verify_every),
             compression: compression(table.compression.as_deref())?,
         };
         let ms = Duration::from_millis;
         in_range_of_time("cut_max", policy.cut_max, ms(1), ms(3_600_000))?;
         in_range_of_time("cut_min", policy.cut_min, ms(1), policy.cut_max)?;
         in_range_of_time("stall_max", policy.stall_max, ms(1), ms(5000))?;
-        for (key, value) in [("bandwidth", policy.bandwidth), ("sync_rate", policy.sync_rate)] {
+        in_range_of_time("verify_every", policy.verify_every, ms(60_000), ms(365 * 86_400_000))?;
+        for (key, value) in
+            [("bandwidth", policy.bandwidth), ("sync_rate", policy.sync_rate), ("verify_rate", policy.verify_rate)]
+        {
             if value.is_some_and(|rate| rate < 64 << 10) {
                 return Err(Error::Setting { key, reason: "is below 64 KiB per second".into() });
             }
@@ -330,6 +348,8 @@ mod tests {
         assert_eq!(policy.cut_max, Duration::from_secs(5));
         assert_eq!(policy.compression, CompressionPolicy::Level(3));
         assert_eq!(config.policy(&Name::new("other").expect("name")), GroupPolicy::default());
+        let off = parse(&format!("{BASE}[group.db]\nverify_rate = 0")).expect("valid");
+        assert_eq!(off.policy(&Name::new("db").expect("name")).verify_rate, None);
     }
 
     #[test]
@@ -342,6 +362,8 @@ mod tests {
             ("worker_gap_max = '500ms'", "worker_gap_max"),
             ("[group.db]\ncut_min = '2s'", "cut_min"),
             ("[group.db]\ncut_mni = '2s'", "cut_mni"),
+            ("[group.db]\nverify_rate = 1000", "verify_rate"),
+            ("[group.db]\nverify_every = '1s'", "verify_every"),
             ("[group.db]\ngranularity = 'day'", "granularity"),
             ("[group.'a/b']\n", "a/b"),
             ("[group.db]\ncompression = '99'", "compression"),

@@ -340,6 +340,7 @@ impl Group {
                 NewPlace::Mapped(upper) => Some(upper.mapped.clone()),
             },
             evidence: None,
+            verify: None,
         };
         if usize::from(volume.index) >= farshore_ring::MAX_VOLUMES {
             return Err(Error::Refused {

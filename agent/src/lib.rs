@@ -28,6 +28,7 @@ pub mod supervisor;
 mod sync_thread;
 #[cfg(test)]
 mod tests;
+mod verify;
 mod watch;
 
 pub use agent::Agent;

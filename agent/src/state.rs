@@ -15,11 +15,12 @@ use farshore_uring::{OpenMode, Storage, StorageFile, replace_file};
 use serde::{Deserialize, Serialize};
 
 use crate::evidence::Evidence;
+use crate::verify::VerifyState;
 use crate::{Error, Result};
 
 const FORMAT: u32 = 1;
-/// Of a group's file. 2 added `ublk` to volumes, 3 `mapped` and `evidence`; 1 and 2 are read as well.
-const GROUP_FORMAT: u32 = 3;
+/// Of a group's file. 2 added `ublk` to volumes, 3 `mapped` and `evidence`, 4 `verify`; all of them are read.
+const GROUP_FORMAT: u32 = 4;
 const IDENTITY: &str = "agent.toml";
 const GROUPS: &str = "groups";
 const BITMAP_MAGIC: &[u8; 8] = b"FSBITMP1";
@@ -96,6 +97,9 @@ pub struct VolumeState {
     /// What the last orderly stop knew of the source. None while it is served.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub evidence: Option<Evidence>,
+    /// What verify knows of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verify: Option<VerifyState>,
 }
 
 /// A device-mapper device whose requests we are put below of.
@@ -371,7 +375,7 @@ mod tests {
                     source = \"/dev/sdb\"\nidentity = \"x\"\nsize = 512\nblock = 512\nfrontend = \"nbd+unix:/a\"\njoined = true\n";
         write(folder.path(), body);
         let mut state = store.read_group(&group).expect("read").expect("there");
-        assert_eq!((state.format, state.incarnation, &state.volumes[0].ublk), (3, 3, &None));
+        assert_eq!((state.format, state.incarnation, &state.volumes[0].ublk), (4, 3, &None));
         write(folder.path(), &body.replace("format = 1", "format = 2"));
         assert_eq!(store.read_group(&group).expect("read"), Some(state.clone()));
 
@@ -384,14 +388,16 @@ mod tests {
         state.volumes[0].mapped = Some(Mapped { upper: "/dev/mapper/protected-g-v".into(), stub });
         state.volumes[0].evidence =
             Some(Evidence::File { inode: u64::MAX.to_string(), size: 512, changed: "7.000000001".into() });
+        state.volumes[0].verify =
+            Some(VerifyState { since: Some(7), differing: vec![(0, 512), (4096, 8192)], ..VerifyState::default() });
         store.write_group(&group, &state).expect("written");
         assert_eq!(store.read_group(&group).expect("read"), Some(state));
 
         let seen = look(folder.path()).expect("ours");
         assert!(matches!(&seen[..], [(name, Ok(found))] if *name == group && found.volumes.len() == 1), "{seen:?}");
-        write(folder.path(), &body.replace("format = 1", "format = 4"));
+        write(folder.path(), &body.replace("format = 1", "format = 5"));
         let error = store.read_group(&group).expect_err("newer").to_string();
-        assert!(error.contains("format 4"), "{error}");
+        assert!(error.contains("format 5"), "{error}");
         let seen = look(folder.path()).expect("ours");
         assert!(matches!(&seen[..], [(_, Err(Error::State { .. }))]), "damage stands in the group's place: {seen:?}");
         look(&folder.path().join(GROUPS)).expect_err("no state directory");

@@ -4,11 +4,13 @@
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use farshore_blkfilter::sync::{SyncConfig, SyncProgress, Syncer};
+use farshore_blkfilter::sync::{
+    DIFFERENCES_MAX, SyncConfig, SyncProgress, Syncer, VerifyEvent, VerifyFound, VerifyOrder, VerifyProgress,
+};
 use farshore_blkfilter::{BackingFile, Buf, CaptureGroup, FilterVolume};
 use farshore_proto::keys::DedupKey;
 use farshore_proto::message::Answers;
@@ -33,6 +35,7 @@ pub(crate) enum SyncOrder<F = FileDevice> {
     Break,
     Answers(Answers),
     Durable(Position),
+    Verify(VerifyOrder),
     Stop,
 }
 
@@ -112,11 +115,20 @@ impl CurrentWaker {
     }
 }
 
+/// What the thread shows to whoever looks.
+#[derive(Default)]
+struct Shown {
+    progress: Option<SyncProgress>,
+    passes: BTreeMap<u16, VerifyProgress>,
+    /// Findings that nobody has taken; at most [`DIFFERENCES_MAX`] and the passes' ends, which name all of them.
+    events: Vec<VerifyEvent>,
+}
+
 /// A group's sync.
 pub(crate) struct SyncThread<F = FileDevice> {
     orders: SyncSender<SyncOrder<F>>,
     waker: Arc<CurrentWaker>,
-    progress: Arc<Mutex<Option<SyncProgress>>>,
+    shown: Arc<Mutex<Shown>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -136,13 +148,13 @@ impl<F: BackingFile> SyncThread<F> {
             let waker = Arc::clone(&waker);
             move || waker.wake()
         });
-        let progress = Arc::new(Mutex::new(None));
+        let shown = Arc::<Mutex<Shown>>::default();
         let life = Life {
             group,
             config,
             key,
             inbox,
-            shown: Arc::clone(&progress),
+            shown: Arc::clone(&shown),
             waker: Arc::clone(&waker),
             report: Box::new(report),
             volumes: BTreeMap::new(),
@@ -167,7 +179,7 @@ impl<F: BackingFile> SyncThread<F> {
             .recv()
             .map_err(|_| Error::failed("sync thread", "ended at once"))?
             .map_err(|error| Error::failed("sync thread's io_uring", error))?;
-        Ok(Self { orders, waker, progress, thread: Mutex::new(Some(thread)) })
+        Ok(Self { orders, waker, shown, thread: Mutex::new(Some(thread)) })
     }
 
     pub(crate) fn tell(&self, order: SyncOrder<F>) {
@@ -185,7 +197,25 @@ impl<F: BackingFile> SyncThread<F> {
     }
 
     pub(crate) fn progress(&self) -> Option<SyncProgress> {
-        *self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner).progress
+    }
+
+    /// Begins a pass. It shows as under way from now on, until it has ended or its syncer has.
+    pub(crate) fn verify(&self, order: VerifyOrder) {
+        let VerifyOrder { volume, from, .. } = order;
+        let begun = VerifyProgress { at: from, found: VerifyFound::default() };
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner).passes.insert(volume.0, begun);
+        self.tell(SyncOrder::Verify(order));
+    }
+
+    /// How far the pass over a volume is; `None`: there is none under way.
+    pub(crate) fn verify_progress(&self, volume: VolumeIndex) -> Option<VerifyProgress> {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner).passes.get(&volume.0).cloned()
+    }
+
+    /// What passes have found since the last call.
+    pub(crate) fn take_verify_events(&self) -> Vec<VerifyEvent> {
+        std::mem::take(&mut self.shown.lock().unwrap_or_else(PoisonError::into_inner).events)
     }
 }
 
@@ -215,7 +245,7 @@ struct Life<F> {
     config: SyncConfig,
     key: DedupKey,
     inbox: Receiver<SyncOrder<F>>,
-    shown: Arc<Mutex<Option<SyncProgress>>>,
+    shown: Arc<Mutex<Shown>>,
     waker: Arc<CurrentWaker>,
     report: Box<dyn Fn(SyncReport) + Send>,
     volumes: BTreeMap<u16, Arc<FilterVolume<F>>>,
@@ -235,7 +265,11 @@ impl<F: BackingFile> Life<F> {
                 Ok(Err(error)) => format!("its io_uring failed: {error}"),
                 Err(panic) => format!("it panicked: {}", message(&*panic)),
             };
-            self.show(None);
+            {
+                let mut shown = self.shown();
+                shown.progress = None;
+                shown.passes.clear();
+            }
             let pause = self.health.handle_death();
             tracing::error!(reason, ?pause, "sync died; it begins anew after a pause");
             (self.report)(SyncReport::Died(reason));
@@ -268,9 +302,10 @@ impl<F: BackingFile> Life<F> {
                 syncer.handle_completion(&mut reactor, clock::now(), completion);
             }
             syncer.poll(&mut reactor, clock::now());
+            self.note_verify(&mut syncer);
             let now = clock::now();
             if now.since(shown_at) >= SHOW {
-                self.show(Some(syncer.progress()));
+                self.show(&syncer);
                 shown_at = now;
             }
             if self.health.handle_turn(now) {
@@ -304,6 +339,12 @@ impl<F: BackingFile> Life<F> {
                 SyncOrder::Break => syncer.handle_break(),
                 SyncOrder::Answers(answers) => syncer.handle_answers(&answers),
                 SyncOrder::Durable(position) => syncer.handle_durable(position),
+                SyncOrder::Verify(order) => {
+                    if !syncer.begin_verify(order) {
+                        // Begun again when sync has the volume.
+                        self.shown().passes.remove(&order.volume.0);
+                    }
+                }
                 SyncOrder::Stop => return false,
             }
         }
@@ -321,7 +362,7 @@ impl<F: BackingFile> Life<F> {
             SyncOrder::Remove(index, _) => _ = self.volumes.remove(&index.0),
             SyncOrder::Live { .. } => self.live = true,
             SyncOrder::Break => self.live = false,
-            SyncOrder::Answers(_) | SyncOrder::Durable(_) | SyncOrder::Stop => {}
+            SyncOrder::Answers(_) | SyncOrder::Durable(_) | SyncOrder::Verify(_) | SyncOrder::Stop => {}
         }
     }
 
@@ -335,16 +376,42 @@ impl<F: BackingFile> Life<F> {
                 Err(RecvTimeoutError::Timeout) => return true,
                 Ok(order) => {
                     self.note(&order);
-                    if let SyncOrder::Remove(_, done) = order {
-                        let _ = done.send(());
+                    match order {
+                        SyncOrder::Remove(_, done) => _ = done.send(()),
+                        // Begun again when there is a syncer.
+                        SyncOrder::Verify(order) => _ = self.shown().passes.remove(&order.volume.0),
+                        SyncOrder::Add(_) | SyncOrder::Live { .. } | SyncOrder::Break => {}
+                        SyncOrder::Answers(_) | SyncOrder::Durable(_) | SyncOrder::Stop => {}
                     }
                 }
             }
         }
     }
 
-    fn show(&self, progress: Option<SyncProgress>) {
-        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = progress;
+    fn shown(&self) -> MutexGuard<'_, Shown> {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Passes on what verify has found.
+    fn note_verify(&self, syncer: &mut Syncer) {
+        while let Some(event) = syncer.poll_verify() {
+            let mut shown = self.shown();
+            match &event {
+                VerifyEvent::Ended { volume, .. } => _ = shown.passes.remove(&volume.0),
+                VerifyEvent::Differs { .. } if shown.events.len() >= DIFFERENCES_MAX => continue,
+                VerifyEvent::Differs { .. } => {}
+            }
+            shown.events.push(event);
+        }
+    }
+
+    fn show(&self, syncer: &Syncer) {
+        let progress = syncer.progress();
+        let of = |index: &u16| Some((*index, syncer.verify_progress(VolumeIndex(*index))?));
+        let passes: BTreeMap<u16, VerifyProgress> = self.volumes.keys().filter_map(of).collect();
+        let mut shown = self.shown();
+        shown.progress = Some(progress);
+        shown.passes = passes;
     }
 }
 

@@ -55,6 +55,7 @@ impl Watch {
                     all.iter().for_each(|group| group.watch_writers());
                     writers_due = clock::now().plus(WRITERS_PERIOD);
                 }
+                all.iter().for_each(|group| group.watch_verify());
                 let changed = all.iter().filter(|group| group.watch_mapped()).count();
                 if changed > 0 {
                     report(&all);

@@ -114,6 +114,20 @@ pub(crate) enum Command {
         #[command(flatten)]
         socket: AgentSocket,
     },
+    /// Compare a group's volumes with their replicas, byte for byte, while they are in use (agent). Exit 1 if they differ.
+    #[command(after_help = "Example:\n  farshore verify db")]
+    Verify {
+        /// Group.
+        group: String,
+        /// Make the replica like the source where they differ, and verify once more. Older points keep what the replica was.
+        #[arg(long)]
+        repair: bool,
+        /// Seconds after which to stop waiting; the pass goes on.
+        #[arg(long, value_name = "SECONDS")]
+        timeout: Option<f64>,
+        #[command(flatten)]
+        socket: AgentSocket,
+    },
     /// List what needs attention (agent, or target with --target).
     #[command(after_help = "Example:\n  farshore alarms")]
     Alarms {

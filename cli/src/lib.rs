@@ -20,6 +20,7 @@ mod source;
 mod target_api;
 mod target_run;
 mod vault;
+mod verify;
 mod views;
 
 use std::process::ExitCode;
@@ -62,6 +63,7 @@ fn run(command: Command, output: &Output) -> anyhow::Result<()> {
         | Command::Bookmark { .. }
         | Command::Wait { .. }
         | Command::Resync { .. }
+        | Command::Verify { .. }
         | Command::Alarms { .. }) => source::run(command, output),
         command @ (Command::Groups { .. }
         | Command::Group(_)

@@ -90,6 +90,10 @@ pub(crate) fn run(command: Command, output: &Output) -> Result<()> {
                 format!("comparing {}/{}; see `farshore status`", cell(&started["group"]), cell(&started["volume"]))
             });
         }
+        Command::Verify { group, repair, timeout, socket } => {
+            let limit = timeout.map(limit_of).transpose()?;
+            crate::verify::verify(&group, repair, limit, &socket.agent, output)?;
+        }
         Command::Alarms { target, socket } => alarms(target, socket, output)?,
         other => unreachable!("main sends only the agent's commands here, not {other:?}"),
     }
@@ -195,6 +199,18 @@ fn group_text(group: &Value) -> String {
             size(&sync["total_bytes"]),
             seconds(&sync["eta_s"])
         );
+    }
+    for volume in group["verify"].as_array().map(Vec::as_slice).unwrap_or_default() {
+        let since = &volume["verified_since"];
+        let since = if since.is_null() { "not yet".to_owned() } else { format!("since {}", cell(since)) };
+        text += &format!("  {} verified {since}", cell(&volume["volume"]));
+        if !volume["running_since"].is_null() {
+            text += &format!(", {} of {} in this pass", size(&volume["done_bytes"]), size(&volume["total_bytes"]));
+        }
+        if volume["differing_bytes"] != 0 {
+            text += &format!("; {} DIFFER", size(&volume["differing_bytes"]));
+        }
+        text.push('\n');
     }
     for alarm in group["alarms"].as_array().map(Vec::as_slice).unwrap_or_default() {
         text += &format!("  alarm {}: {}\n", cell(&alarm["code"]), cell(&alarm["text"]));

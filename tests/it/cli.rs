@@ -358,6 +358,7 @@ fn every_command_has_help_with_an_example() {
         "bookmark",
         "wait",
         "resync",
+        "verify",
         "alarms",
         "doctor",
         "install-units",

@@ -11,3 +11,4 @@ mod order;
 mod service;
 mod supervisor;
 mod support;
+mod verify;

@@ -51,6 +51,7 @@ pub(super) fn volume(index: u16, joined: bool) -> VolumeState {
         ublk: None,
         mapped: None,
         evidence: None,
+        verify: None,
     }
 }
 

@@ -1,0 +1,261 @@
+//! When volumes are verified, and what is kept of that: the part of verify that outlives a process.
+//!
+//! Every `verify_every` a pass goes over each volume at `verify_rate`, and one ordered by a person goes at sync's rate. A pass that
+//! was cut off goes on from where it was last kept. What differs is kept until a pass finds it equal.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use farshore_blkfilter::sync::{DIFFERENCES_MAX, VerifyEvent, VerifyFound, VerifyOrder};
+use farshore_proto::text::show_time;
+use farshore_proto::{VolumeIndex, WallTime};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::alarms::code;
+use crate::group::Group;
+use crate::state::VolumeState;
+use crate::{Error, Result, clock};
+
+/// A pass is kept at least so often: what a restart looks at again.
+const KEEP_BYTES: u64 = 4 << 30;
+
+/// What is kept of a volume's verify.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VerifyState {
+    /// When the last pass that reached the end began (nanoseconds of the source's clock): every byte was compared then or later.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<u64>,
+    /// The same of a pass that has not ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub began: Option<u64>,
+    /// Byte from which on that one goes on.
+    #[serde(default)]
+    pub at: u64,
+    /// A person has ordered it.
+    #[serde(default)]
+    pub ordered: bool,
+    /// What differs, as (first byte, byte behind the last); at most 256 ranges.
+    #[serde(default)]
+    pub differing: Vec<(u64, u64)>,
+}
+
+impl VerifyState {
+    /// Whether a pass is to begin, or to go on, while none is under way.
+    fn is_due(&self, now: WallTime, every: Option<Duration>) -> bool {
+        if self.began.is_some() {
+            return self.ordered || every.is_some();
+        }
+        every.is_some_and(|every| self.since.is_none_or(|since| now.since(WallTime(since)) >= every))
+    }
+
+    fn begin(&mut self, now: WallTime, ordered: bool) {
+        (self.began, self.at, self.ordered) = (Some(now.0), 0, ordered);
+    }
+
+    /// Known at once, whatever becomes of the pass.
+    fn differs(&mut self, range: &Range<u64>) {
+        let known = self.differing.iter().any(|known| known.0 <= range.start && range.end <= known.1);
+        if !known && self.differing.len() < DIFFERENCES_MAX {
+            self.differing.push((range.start, range.end));
+        }
+    }
+
+    /// The end of pass `pass`, which is known by when it began. Of one that another has taken the place of, nothing is kept.
+    fn ended(&mut self, pass: u64, from: u64, found: &VerifyFound) {
+        if self.began.take_if(|began| *began == pass).is_none() {
+            return;
+        }
+        (self.since, self.at, self.ordered) = (Some(pass), 0, false);
+        self.differing.retain(|known| known.1 <= from);
+        self.differing.extend(found.differing.iter().map(|range| (range.start, range.end)));
+        self.differing.sort_unstable();
+        self.differing.truncate(DIFFERENCES_MAX);
+    }
+
+    fn differing_bytes(&self) -> u64 {
+        self.differing.iter().map(|range| range.1 - range.0).sum()
+    }
+}
+
+impl Group {
+    /// Takes in what sync has found, and begins what is due. Called every second.
+    pub(crate) fn watch_verify(&self) {
+        for event in self.shared.sync.take_verify_events() {
+            match event {
+                VerifyEvent::Differs { volume, range } => {
+                    let subject = self.shared.volume_subject(volume);
+                    tracing::error!(volume = subject, ?range, "source and replica differ");
+                    self.update_verify(volume, |known| known.differs(&range));
+                }
+                VerifyEvent::Ended { volume, pass, from, found } => {
+                    let subject = self.shared.volume_subject(volume);
+                    let VerifyFound { equal_bytes, differing_bytes, .. } = found;
+                    tracing::info!(volume = subject, from, equal_bytes, differing_bytes, "verified");
+                    self.update_verify(volume, |known| known.ended(pass, from, &found));
+                }
+            }
+        }
+        for volume in self.volumes() {
+            self.go_on_verifying(&volume);
+        }
+    }
+
+    fn go_on_verifying(&self, volume: &VolumeState) {
+        let index = VolumeIndex(volume.index);
+        let known = volume.verify.clone().unwrap_or_default();
+        self.tell_of_differences(index, &known);
+        if let Some(progress) = self.shared.sync.verify_progress(index) {
+            if progress.at >= known.at.saturating_add(KEEP_BYTES.min(volume.size / 16)) {
+                self.update_verify(index, |known| known.at = progress.at);
+            }
+            return;
+        }
+        let captured = self.shared.capture.volume(index);
+        let policy = self.policy();
+        let every = policy.verify_rate.map(|_| policy.verify_every);
+        if captured.is_some_and(|it| it.announced()) && known.is_due(clock::wall(), every) {
+            let pass = known.began.unwrap_or(clock::wall().0);
+            if known.began.is_none() {
+                self.update_verify(index, |known| known.begin(WallTime(pass), false));
+            }
+            let rate = if known.ordered { policy.sync_rate } else { policy.verify_rate };
+            let from = if known.began.is_some() { known.at } else { 0 };
+            self.shared.sync.verify(VerifyOrder { volume: index, pass, from, rate });
+        }
+    }
+
+    fn tell_of_differences(&self, index: VolumeIndex, known: &VerifyState) {
+        let subject = self.shared.volume_subject(index);
+        match known.differing.first() {
+            None => self.shared.alarms.clear(code::DIFFERS, &subject),
+            Some((from, to)) => {
+                let text = format!(
+                    "source and replica differ in {} bytes, first in {from} to {to}: find out which side is right; \
+                     `farshore verify --repair` makes the replica like the source (the points before keep what it was)",
+                    known.differing_bytes()
+                );
+                self.shared.alarms.raise(code::DIFFERS, &subject, text);
+            }
+        }
+    }
+
+    fn update_verify(&self, index: VolumeIndex, change: impl FnOnce(&mut VerifyState)) {
+        // Where it cannot be kept (`state.failed` says so), more is verified later.
+        self.shared.update_state(|state| {
+            if let Some(volume) = state.volumes.iter_mut().find(|volume| volume.index == index.0) {
+                change(volume.verify.get_or_insert_default());
+            }
+        });
+    }
+
+    /// Begins a pass over every volume of the group. `repair`: what is known to differ is compared and sent first, as by a resync.
+    ///
+    /// # Errors
+    /// The group has no volume, or the order cannot be kept.
+    pub(crate) fn order_verify(&self, repair: bool) -> Result<Value> {
+        let volumes = self.volumes();
+        if volumes.is_empty() {
+            return Err(Error::failed(format!("group {}", self.shared.name), "has no volume to verify"));
+        }
+        let mut ordered = Vec::new();
+        for volume in &volumes {
+            let index = VolumeIndex(volume.index);
+            let known = volume.verify.clone().unwrap_or_default();
+            if let (true, Some(captured)) = (repair, self.shared.capture.volume(index)) {
+                for (from, to) in &known.differing {
+                    let to = (*to).min(captured.size());
+                    if *from < to {
+                        self.shared.capture.mark_missing(&captured, *from, to - from);
+                    }
+                }
+            }
+            let began = clock::wall();
+            let kept = self.shared.update_state(|state| {
+                if let Some(volume) = state.volumes.iter_mut().find(|volume| volume.index == index.0) {
+                    volume.verify.get_or_insert_default().begin(began, true);
+                }
+            });
+            if !kept {
+                return Err(Error::failed(format!("state of group {}", self.shared.name), "cannot be written"));
+            }
+            self.shared.sync.verify(VerifyOrder {
+                volume: index,
+                pass: began.0,
+                from: 0,
+                rate: self.policy().sync_rate,
+            });
+            ordered.push(json!({ "volume": volume.name, "began": show_time(began) }));
+        }
+        Ok(json!(ordered))
+    }
+
+    /// How verify stands, per volume.
+    pub(crate) fn verify_document(&self) -> Value {
+        let document = |volume: &VolumeState| {
+            let known = volume.verify.clone().unwrap_or_default();
+            let progress = self.shared.sync.verify_progress(VolumeIndex(volume.index));
+            let ranges = known.differing.iter().map(|(from, to)| json!({ "offset": from, "len": to - from }));
+            json!({
+                "volume": volume.name,
+                "verified_since": known.since.map(|since| show_time(WallTime(since))),
+                "running_since": known.began.map(|began| show_time(WallTime(began))),
+                "ordered": known.ordered,
+                "done_bytes": progress.map_or(known.at, |progress| progress.at),
+                "total_bytes": volume.size,
+                "differing_bytes": known.differing_bytes(),
+                "differing": ranges.collect::<Vec<_>>(),
+            })
+        };
+        json!(self.volumes().iter().map(document).collect::<Vec<_>>())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(differing: Option<Range<u64>>) -> VerifyFound {
+        VerifyFound { differing: differing.into_iter().collect(), ..VerifyFound::default() }
+    }
+
+    /// Goal: passes come when they are due, one cut off goes on, and an ordered one goes on even where none are scheduled.
+    #[test]
+    fn passes_come_when_they_are_due() {
+        let day = Duration::from_secs(86_400);
+        let at = |seconds: u64| WallTime(seconds * 1_000_000_000);
+        let mut known = VerifyState::default();
+        assert!(known.is_due(at(5), Some(day)) && !known.is_due(at(5), None));
+        known.begin(at(5), false);
+        assert!(known.is_due(at(6), Some(day)) && !known.is_due(at(6), None), "it goes on");
+        known.ended(at(4).0, 0, &found(Some(7..9)));
+        assert_eq!((known.since, known.began, known.differing.len()), (None, Some(at(5).0), 0), "another pass's end");
+        known.ended(at(5).0, 0, &found(None));
+        assert_eq!((known.since, known.began), (Some(at(5).0), None));
+        assert!(!known.is_due(at(86_404), Some(day)) && known.is_due(at(86_405), Some(day)));
+        known.begin(at(90_000), true);
+        assert!(known.is_due(at(90_000), None));
+    }
+
+    /// Goal: what differs is known from the first finding on, and until a pass that looked there finds it equal.
+    #[test]
+    fn differences_stay_until_they_are_looked_at_again() {
+        let mut known = VerifyState::default();
+        known.begin(WallTime(1), false);
+        known.differs(&(10..20));
+        known.differs(&(10..20));
+        known.differs(&(70..80));
+        assert_eq!(known.differing_bytes(), 20);
+        // The pass was cut off at 50 and went on.
+        known.ended(1, 50, &found(Some(90..95)));
+        assert_eq!(known.differing, [(10, 20), (90, 95)]);
+        known.begin(WallTime(2), false);
+        known.ended(2, 0, &found(None));
+        assert_eq!((known.differing_bytes(), known.since), (0, Some(2)));
+        for n in 0..1000 {
+            known.differs(&(n * 2..n * 2 + 1));
+        }
+        assert_eq!(known.differing.len(), DIFFERENCES_MAX);
+    }
+}
