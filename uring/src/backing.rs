@@ -53,8 +53,8 @@ pub struct Backing {
 /// Tells "the same device as before": compare for equality, keep as text.
 ///
 /// Of a file: device, inode, birth time (where the file system has one) and size. Of a block device: its WWID, serial
-/// number, device-mapper UUID or name, or RAID UUID; where it has none of these its place on the PCI bus, and there its target and
-/// unit, or else its major and minor number. And a partition's number and start, and size.
+/// number, device-mapper UUID or name, or RAID UUID (its major and minor number where it has none of these), a partition's number
+/// and start, and size.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct BackingId(String);
 
@@ -366,38 +366,11 @@ fn described_id(folder: &Path, numbers: String, size: u64) -> BackingId {
         let value = read_attribute(&disk.join(path)).filter(|value| value.chars().any(|c| !matches!(c, '0' | '-')))?;
         Some(format!("{name}={value}"))
     });
-    // Names and numbers of disks change places from boot to boot; the bus does not.
-    let found = found.or_else(|| bus_place(disk)).unwrap_or(numbers);
-    let part = partition.map(|part| {
+    let place = partition.map(|part| {
         let start = read_attribute(&folder.join("start")).unwrap_or_else(|| "unknown".to_owned());
         format!(" partition={part} start={start}")
     });
-    BackingId(format!("block {found}{} size={size}", part.unwrap_or_default()))
-}
-
-/// Where a disk is plugged in: its PCI function, and of several disks there the SCSI channel, target and unit (the host's number
-/// is counted anew at each boot) or the NVMe namespace. `None`: nothing is known to tell it from another.
-fn bus_place(disk: &Path) -> Option<String> {
-    let device = std::fs::canonicalize(disk.join("device")).ok()?;
-    let parts: Vec<&str> = device.iter().filter_map(|part| part.to_str()).collect();
-    let function = parts.iter().rposition(|part| is_pci_function(part))?;
-    let driver = &parts[function + 1..];
-    let unit = match driver {
-        // virtio-blk: a function is a disk.
-        [virtio] if virtio.starts_with("virtio") => String::new(),
-        [.., address] if address.matches(':').count() == 3 => format!(" unit={}", address.split_once(':')?.1),
-        [class, _controller] if *class == "nvme" => format!(" namespace={}", read_attribute(&disk.join("nsid"))?),
-        _ => return None,
-    };
-    Some(format!("pci={}{unit}", parts[function]))
-}
-
-/// `0000:00:1f.2`.
-fn is_pci_function(text: &str) -> bool {
-    let parts: Vec<&str> = text.split([':', '.']).collect();
-    let hex = |part: &&str, len: usize| part.len() == len && part.chars().all(|c| c.is_ascii_hexdigit());
-    matches!(parts.as_slice(), [domain, bus, device, function]
-        if domain.len() >= 4 && hex(bus, 2) && hex(device, 2) && hex(function, 1) && text.contains('.'))
+    BackingId(format!("block {}{} size={size}", found.unwrap_or(numbers), place.unwrap_or_default()))
 }
 
 fn file_id(file: &File, size: u64) -> io::Result<BackingId> {
@@ -468,25 +441,6 @@ mod tests {
         write("vda/vda1/partition", "1\n");
         write("vda/vda1/start", "2048\n");
         assert_eq!(id("vda/vda1"), "block numbers=9:0 partition=1 start=2048 size=512");
-        let plug = |place: &str, disk: &str| {
-            let place = sys.path().join("devices").join(place);
-            std::fs::create_dir_all(&place).expect("a folder");
-            std::fs::create_dir_all(sys.path().join(disk)).expect("a folder");
-            std::os::unix::fs::symlink(place, sys.path().join(disk).join("device")).expect("a link");
-        };
-        plug("pci0000:00/0000:00:05.0/virtio2", "vda");
-        assert_eq!(id("vda"), "block pci=0000:00:05.0 size=512");
-        assert_eq!(id("vda/vda1"), "block pci=0000:00:05.0 partition=1 start=2048 size=512");
-        plug("pci0000:00/0000:00:1f.2/ata3/host2/target2:0:1/2:0:1:0", "sda");
-        assert_eq!(id("sda"), "block pci=0000:00:1f.2 unit=0:1:0 size=512");
-        plug("pci0000:00/0000:00:06.0/virtio3/host4/target4:0:1/4:0:0:7", "sdb");
-        assert_eq!(id("sdb"), "block pci=0000:00:06.0 unit=0:0:7 size=512");
-        plug("pci0000:00/0000:00:07.0/nvme/nvme0", "nvme0n2");
-        assert_eq!(id("nvme0n2"), "block numbers=9:0 size=512", "one of several");
-        write("nvme0n2/nsid", "2\n");
-        assert_eq!(id("nvme0n2"), "block pci=0000:00:07.0 namespace=2 size=512");
-        plug("platform/floppy.0", "fd0");
-        assert_eq!(id("fd0"), "block numbers=9:0 size=512");
         write("vda/serial", "S\n");
         assert_eq!(id("vda/vda1"), "block serial=S partition=1 start=2048 size=512");
     }
