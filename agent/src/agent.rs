@@ -325,7 +325,10 @@ impl Agent {
     /// No such group, or nothing in it.
     pub fn verify(&self, group: &str, repair: bool) -> Result<Value> {
         let _inside = self.requests.enter()?;
-        self.group(group)?.order_verify(repair)
+        let group = self.group(group)?;
+        // Nobody begins a pass between the look at what is known and the order.
+        let _changes = self.changes();
+        group.order_verify(repair)
     }
 
     /// All protected volumes.
@@ -408,6 +411,8 @@ impl Agent {
         let _inside = self.requests.enter()?;
         let group = self.group(group)?;
         let name = name.map(Name::new).transpose()?;
+        // Somebody waits: what ships does not stand back behind guests meanwhile.
+        let _haste = farshore_uring::Haste::begin();
         let begin = clock::now();
         let left = || limit.map(|limit| limit.saturating_sub(clock::now().since(begin)));
         let late = || match group.shared.points.is_closed() {

@@ -120,7 +120,7 @@ impl CurrentWaker {
 struct Shown {
     progress: Option<SyncProgress>,
     passes: BTreeMap<u16, VerifyProgress>,
-    /// Findings that nobody has taken; at most [`DIFFERENCES_MAX`] and the passes' ends, which name all of them.
+    /// Findings that nobody has taken; of each volume at most [`DIFFERENCES_MAX`] and its passes' ends.
     events: Vec<VerifyEvent>,
 }
 
@@ -202,8 +202,8 @@ impl<F: BackingFile> SyncThread<F> {
 
     /// Begins a pass. It shows as under way from now on, until it has ended or its syncer has.
     pub(crate) fn verify(&self, order: VerifyOrder) {
-        let VerifyOrder { volume, from, .. } = order;
-        let begun = VerifyProgress { at: from, found: VerifyFound::default() };
+        let VerifyOrder { volume, pass, from, .. } = order;
+        let begun = VerifyProgress { pass, at: from, found: VerifyFound::default() };
         self.shown.lock().unwrap_or_else(PoisonError::into_inner).passes.insert(volume.0, begun);
         self.tell(SyncOrder::Verify(order));
     }
@@ -211,6 +211,13 @@ impl<F: BackingFile> SyncThread<F> {
     /// How far the pass over a volume is; `None`: there is none under way.
     pub(crate) fn verify_progress(&self, volume: VolumeIndex) -> Option<VerifyProgress> {
         self.shown.lock().unwrap_or_else(PoisonError::into_inner).passes.get(&volume.0).cloned()
+    }
+
+    /// What could not be kept: given again by the next [`Self::take_verify_events`].
+    pub(crate) fn give_back_verify_events(&self, mut events: Vec<VerifyEvent>) {
+        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        events.append(&mut shown.events);
+        shown.events = events;
     }
 
     /// What passes have found since the last call.
@@ -398,8 +405,13 @@ impl<F: BackingFile> Life<F> {
             let mut shown = self.shown();
             match &event {
                 VerifyEvent::Ended { volume, .. } => _ = shown.passes.remove(&volume.0),
-                VerifyEvent::Differs { .. } if shown.events.len() >= DIFFERENCES_MAX => continue,
-                VerifyEvent::Differs { .. } => {}
+                VerifyEvent::Differs { volume, .. } => {
+                    let of_it =
+                        |event: &&VerifyEvent| matches!(event, VerifyEvent::Differs { volume: of, .. } if of == volume);
+                    if shown.events.iter().filter(of_it).count() >= DIFFERENCES_MAX {
+                        continue;
+                    }
+                }
             }
             shown.events.push(event);
         }

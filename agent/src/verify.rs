@@ -24,9 +24,15 @@ const KEEP_BYTES: u64 = 4 << 30;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VerifyState {
-    /// When the last pass that reached the end began (nanoseconds of the source's clock): every byte was compared then or later.
+    /// When the last pass that compared everything began (nanoseconds of the source's clock): every byte was compared then or later.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<u64>,
+    /// When the last pass that reached its end began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last: Option<u64>,
+    /// Bytes that it could not compare.
+    #[serde(default)]
+    pub skipped_bytes: u64,
     /// The same of a pass that has not ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub began: Option<u64>,
@@ -47,7 +53,9 @@ impl VerifyState {
         if self.began.is_some() {
             return self.ordered || every.is_some();
         }
-        every.is_some_and(|every| self.since.is_none_or(|since| now.since(WallTime(since)) >= every))
+        // A clock that was ahead when the last one began says nothing.
+        let over = |every| self.last.is_none_or(|last| last > now.0 || now.since(WallTime(last)) >= every);
+        every.is_some_and(over)
     }
 
     fn begin(&mut self, now: WallTime, ordered: bool) {
@@ -67,8 +75,16 @@ impl VerifyState {
         if self.began.take_if(|began| *began == pass).is_none() {
             return;
         }
-        (self.since, self.at, self.ordered) = (Some(pass), 0, false);
-        self.differing.retain(|known| known.1 <= from);
+        (self.last, self.at, self.ordered) = (Some(pass), 0, false);
+        self.skipped_bytes = found.skipped_bytes;
+        if found.skipped_bytes == 0 {
+            self.since = Some(pass);
+        }
+        // What was not compared stays as it was.
+        let before = 0..from;
+        let kept = std::iter::once(&before).chain(&found.skipped);
+        let kept: Vec<_> = kept.flat_map(|kept| parts(&self.differing, kept)).collect();
+        self.differing = kept;
         self.differing.extend(found.differing.iter().map(|range| (range.start, range.end)));
         self.differing.sort_unstable();
         self.differing.truncate(DIFFERENCES_MAX);
@@ -79,23 +95,44 @@ impl VerifyState {
     }
 }
 
+/// The parts of `ranges` that lie in `within`.
+fn parts(ranges: &[(u64, u64)], within: &Range<u64>) -> Vec<(u64, u64)> {
+    let cut = |range: &(u64, u64)| (range.0.max(within.start), range.1.min(within.end));
+    ranges.iter().map(cut).filter(|range| range.0 < range.1).collect()
+}
+
 impl Group {
     /// Takes in what sync has found, and begins what is due. Called every second.
     pub(crate) fn watch_verify(&self) {
+        let mut unkept = Vec::new();
         for event in self.shared.sync.take_verify_events() {
-            match event {
+            let kept = match &event {
                 VerifyEvent::Differs { volume, range } => {
-                    let subject = self.shared.volume_subject(volume);
+                    let subject = self.shared.volume_subject(*volume);
                     tracing::error!(volume = subject, ?range, "source and replica differ");
-                    self.update_verify(volume, |known| known.differs(&range));
+                    self.update_verify(*volume, |known| known.differs(range))
                 }
                 VerifyEvent::Ended { volume, pass, from, found } => {
-                    let subject = self.shared.volume_subject(volume);
-                    let VerifyFound { equal_bytes, differing_bytes, .. } = found;
-                    tracing::info!(volume = subject, from, equal_bytes, differing_bytes, "verified");
-                    self.update_verify(volume, |known| known.ended(pass, from, &found));
+                    let subject = self.shared.volume_subject(*volume);
+                    let VerifyFound { equal_bytes, differing_bytes, skipped_bytes, .. } = found;
+                    tracing::info!(volume = subject, from, equal_bytes, differing_bytes, skipped_bytes, "verified");
+                    self.update_verify(*volume, |known| known.ended(*pass, *from, found))
+                }
+            };
+            if !kept {
+                unkept.push(event);
+            }
+        }
+        if !unkept.is_empty() {
+            // The state cannot be written (`state.failed`): said all the same, and kept when it can.
+            for event in &unkept {
+                if let VerifyEvent::Differs { volume, range } = event {
+                    let mut known = VerifyState::default();
+                    known.differs(range);
+                    self.tell_of_differences(*volume, &known);
                 }
             }
+            return self.shared.sync.give_back_verify_events(unkept);
         }
         for volume in self.volumes() {
             self.go_on_verifying(&volume);
@@ -108,7 +145,12 @@ impl Group {
         self.tell_of_differences(index, &known);
         if let Some(progress) = self.shared.sync.verify_progress(index) {
             if progress.at >= known.at.saturating_add(KEEP_BYTES.min(volume.size / 16)) {
-                self.update_verify(index, |known| known.at = progress.at);
+                self.update_verify(index, |known| {
+                    // Of this pass, not of one that it has taken the place of.
+                    if known.began == Some(progress.pass) {
+                        known.at = progress.at;
+                    }
+                });
             }
             return;
         }
@@ -117,8 +159,19 @@ impl Group {
         let every = policy.verify_rate.map(|_| policy.verify_every);
         if captured.is_some_and(|it| it.announced()) && known.is_due(clock::wall(), every) {
             let pass = known.began.unwrap_or(clock::wall().0);
-            if known.began.is_none() {
-                self.update_verify(index, |known| known.begin(WallTime(pass), false));
+            let mut begun = known.began.is_some();
+            if !begun {
+                let kept = self.update_verify(index, |known| {
+                    // Unless a person has ordered one meanwhile.
+                    if known.began.is_none() {
+                        known.begin(WallTime(pass), false);
+                        begun = true;
+                    }
+                });
+                begun &= kept;
+            }
+            if !begun {
+                return;
             }
             let rate = if known.ordered { policy.sync_rate } else { policy.verify_rate };
             let from = if known.began.is_some() { known.at } else { 0 };
@@ -141,13 +194,13 @@ impl Group {
         }
     }
 
-    fn update_verify(&self, index: VolumeIndex, change: impl FnOnce(&mut VerifyState)) {
-        // Where it cannot be kept (`state.failed` says so), more is verified later.
+    /// `false`: it could not be kept.
+    fn update_verify(&self, index: VolumeIndex, change: impl FnOnce(&mut VerifyState)) -> bool {
         self.shared.update_state(|state| {
             if let Some(volume) = state.volumes.iter_mut().find(|volume| volume.index == index.0) {
                 change(volume.verify.get_or_insert_default());
             }
-        });
+        })
     }
 
     /// Begins a pass over every volume of the group. `repair`: what is known to differ is compared and sent first, as by a resync.
@@ -172,12 +225,7 @@ impl Group {
                 }
             }
             let began = clock::wall();
-            let kept = self.shared.update_state(|state| {
-                if let Some(volume) = state.volumes.iter_mut().find(|volume| volume.index == index.0) {
-                    volume.verify.get_or_insert_default().begin(began, true);
-                }
-            });
-            if !kept {
+            if !self.update_verify(index, |known| known.begin(began, true)) {
                 return Err(Error::failed(format!("state of group {}", self.shared.name), "cannot be written"));
             }
             self.shared.sync.verify(VerifyOrder {
@@ -200,9 +248,11 @@ impl Group {
             json!({
                 "volume": volume.name,
                 "verified_since": known.since.map(|since| show_time(WallTime(since))),
+                "last_pass": known.last.map(|last| show_time(WallTime(last))),
+                "skipped_bytes": known.skipped_bytes,
                 "running_since": known.began.map(|began| show_time(WallTime(began))),
                 "ordered": known.ordered,
-                "done_bytes": progress.map_or(known.at, |progress| progress.at),
+                "done_bytes": progress.filter(|progress| known.began == Some(progress.pass)).map_or(known.at, |progress| progress.at),
                 "total_bytes": volume.size,
                 "differing_bytes": known.differing_bytes(),
                 "differing": ranges.collect::<Vec<_>>(),
@@ -236,6 +286,8 @@ mod tests {
         assert!(!known.is_due(at(86_404), Some(day)) && known.is_due(at(86_405), Some(day)));
         known.begin(at(90_000), true);
         assert!(known.is_due(at(90_000), None));
+        known.ended(at(90_000).0, 0, &found(None));
+        assert!(known.is_due(at(80_000), Some(day)), "the clock was ahead");
     }
 
     /// Goal: what differs is known from the first finding on, and until a pass that looked there finds it equal.
@@ -253,6 +305,15 @@ mod tests {
         known.begin(WallTime(2), false);
         known.ended(2, 0, &found(None));
         assert_eq!((known.differing_bytes(), known.since), (0, Some(2)));
+        // Of what lies before the point where it went on, and of what it could not compare, nothing new is known.
+        known.differing = vec![(10, 60), (70, 80)];
+        known.begin(WallTime(3), false);
+        let skipped = std::iter::once(75..90).collect();
+        known.ended(3, 50, &VerifyFound { skipped_bytes: 15, skipped, ..VerifyFound::default() });
+        assert_eq!(
+            (known.differing.as_slice(), known.since, known.last),
+            (&[(10, 50), (75, 80)][..], Some(2), Some(3))
+        );
         for n in 0..1000 {
             known.differs(&(n * 2..n * 2 + 1));
         }

@@ -16,17 +16,20 @@ use crate::{Error, Result, clock};
 /// Writes of this long may go past us unseen until the compare begins. A look costs a volume one command of the device mapper.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// Looks in a row that find a queue at the same turn before it counts as hanging. A process that was held up itself, and all its
-/// threads with it, has looked once.
-const LOOKS_MAX: u32 = 4;
+/// Looks in a row that find a queue at the same turn before it counts as hanging: five seconds, as long as guests may wait for a dead
+/// agent (I1). A process that was held up itself, and all its threads with it, has looked once.
+const LOOKS_MAX: u32 = 6;
+
+/// Time that a process which ends itself has to say why. What it says it to may stand on what hangs.
+const LAST_WORDS: Duration = Duration::from_millis(200);
 
 /// Between two looks at what processes have open, which costs a look at each of their files.
 const WRITERS_PERIOD: Duration = Duration::from_secs(60);
 
-/// The thread. Ends when dropped.
+/// The threads. End when dropped.
 pub(crate) struct Watch {
-    stop: Option<SyncSender<()>>,
-    thread: Option<JoinHandle<()>>,
+    stop: Vec<SyncSender<()>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl Watch {
@@ -42,46 +45,67 @@ impl Watch {
         changes: Arc<Mutex<()>>,
         report: impl Fn(&[Arc<Group>]) + Send + 'static,
     ) -> Result<Self> {
-        let (stop, stopped) = sync_channel(0);
-        let thread = std::thread::Builder::new().name("farshore-watch".into()).spawn(move || {
-            let mut writers_due = clock::now();
-            let mut turns = Turns::default();
-            while stopped.recv_timeout(PERIOD) == Err(RecvTimeoutError::Timeout) {
-                let all: Vec<_> = groups.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
-                end_if_not_serving(&all, &mut turns);
-                // Whoever holds it looks himself, or makes what is to be looked at later.
-                let Ok(_changes) = changes.try_lock() else { continue };
-                if writers_due <= clock::now() {
-                    all.iter().for_each(|group| group.watch_writers());
-                    writers_due = clock::now().plus(WRITERS_PERIOD);
+        let (mut stop, mut threads) = (Vec::new(), Vec::new());
+        let mut every_second = |name: &str, mut look: Box<dyn FnMut() + Send>| {
+            let (sender, stopped) = sync_channel(0);
+            let run = move || {
+                while stopped.recv_timeout(PERIOD) == Err(RecvTimeoutError::Timeout) {
+                    look();
                 }
-                all.iter().for_each(|group| group.watch_verify());
-                let changed = all.iter().filter(|group| group.watch_mapped()).count();
-                if changed > 0 {
-                    report(&all);
-                }
+            };
+            let thread = std::thread::Builder::new().name(name.into()).spawn(run);
+            stop.push(sender);
+            threads.push(thread.map_err(|error| Error::failed("watch thread", error))?);
+            Ok::<(), Error>(())
+        };
+        let list = |groups: &RwLock<BTreeMap<Name, Arc<Group>>>| -> Vec<_> {
+            groups.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+        };
+        // A thread of its own, which waits for no disk and no lock that is held while somebody waits for one.
+        let (of, mut turns) = (Arc::clone(&groups), Turns::default());
+        every_second("farshore-alive", Box::new(move || end_if_not_serving(&list(&of), &mut turns)))?;
+        let mut writers_due = clock::now();
+        let look = move || {
+            let all = list(&groups);
+            // Whoever holds it looks himself, or makes what is to be looked at later.
+            let Ok(_changes) = changes.try_lock() else { return };
+            if writers_due <= clock::now() {
+                all.iter().for_each(|group| group.watch_writers());
+                writers_due = clock::now().plus(WRITERS_PERIOD);
             }
-        });
-        let thread = thread.map_err(|error| Error::failed("watch thread", error))?;
-        Ok(Self { stop: Some(stop), thread: Some(thread) })
+            all.iter().for_each(|group| group.watch_verify());
+            let changed = all.iter().filter(|group| group.watch_mapped()).count();
+            if changed > 0 {
+                report(&all);
+            }
+        };
+        every_second("farshore-watch", Box::new(look))?;
+        Ok(Self { stop, threads })
     }
 }
 
 /// Ends this process if a block device is served no longer, or a queue of one hangs.
 fn end_if_not_serving(groups: &[Arc<Group>], turns: &mut Turns) {
     let servers: Vec<_> = groups.iter().flat_map(|group| group.servers()).collect();
-    let lost = servers.iter().find(|(_, server)| server.has_failed()).map(|(volume, _)| volume);
+    let lost = servers.iter().find(|(_, server)| server.has_failed()).map(|(volume, _)| volume.clone());
     let hangs = turns.handle_look(
         servers.iter().flat_map(|(volume, server)| (0_u16..).zip(server.turns_under_way()).map(move |at| (volume, at))),
     );
-    if let Some(volume) = lost {
-        tracing::error!(volume, "its block device is served no longer: this process makes room for another");
-        std::process::abort();
+    let reason = match (lost, hangs) {
+        (Some(volume), _) => format!("the block device of {volume} is served no longer"),
+        (None, Some((volume, queue))) => format!("queue {queue} of the block device of {volume} hangs"),
+        (None, None) => return,
+    };
+    let (said, wait) = sync_channel::<()>(0);
+    let words = std::thread::Builder::new().name("farshore-last-words".into()).spawn(move || {
+        tracing::error!("{reason}: this process makes room for another");
+        drop(said);
+    });
+    if words.is_ok() {
+        // Disconnected once it is said.
+        let _ = wait.recv_timeout(LAST_WORDS);
     }
-    if let Some((volume, queue)) = hangs {
-        tracing::error!(volume, queue, "a queue of its block device hangs: this process makes room for another");
-        std::process::abort();
-    }
+    std::process::abort();
 }
 
 /// The turns at which queues were found. Which of several queues hangs cannot be seen from outside, where the others' traffic hides
@@ -108,11 +132,13 @@ impl Turns {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        drop(self.stop.take());
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the watch thread panicked: nobody noticed growth and other tools' tables");
+        self.stop.clear();
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!(
+                    "a watch thread panicked: nobody noticed growth, other tools' tables, or hanging queues"
+                );
+            }
         }
     }
 }
@@ -131,7 +157,7 @@ mod tests {
             let queues = [(0, None), (1, Some(second)), (2, third)];
             turns.handle_look(queues.into_iter().map(|queue| (&volume, queue)))
         };
-        let steps = [Some(5), Some(5), Some(5), Some(6), Some(6), Some(6), None, Some(6), Some(6), Some(6)];
+        let steps = [5, 5, 5, 5, 5, 6, 6, 6, 6, 6, 0, 6, 6, 6, 6, 6].map(|turn| (turn > 0).then_some(turn));
         for (at, third) in (0..).zip(steps) {
             assert_eq!(look(at, third), None, "look {at}");
         }

@@ -24,8 +24,13 @@ pub(crate) fn verify(group: &str, repair: bool, limit: Option<Duration>, socket:
         volumes = pass(group, true, &mut left, socket, output)?;
     }
     show(&volumes, output);
+    let skipped: u64 = list(&volumes).iter().filter_map(|volume| volume["skipped_bytes"].as_u64()).sum();
     match differing(&volumes) {
-        0 => Ok(()),
+        0 if skipped == 0 => Ok(()),
+        0 => {
+            let why = format!("{skipped} bytes could not be compared (unreadable, or written to all the time)");
+            Err(Failure::failed(format!("group {group}"), why).hint("see `farshore alarms`; try again").into())
+        }
         bytes => {
             let why = format!("{bytes} bytes of source and replica differ");
             let hint = "find out which side is right; --repair makes the replica like the source (older points keep what it was)";
@@ -44,12 +49,20 @@ fn pass(group: &str, repair: bool, left: &mut Option<Duration>, socket: &Path, o
     loop {
         let status = daemon.get(&format!("/v1/status?group={group}"))?;
         let volumes = &status[0]["verify"];
-        // RFC 3339 times of one form, in UTC: they compare as text. A volume that left is not waited for.
-        let over = |order: &Value| {
-            let volume = list(volumes).iter().find(|volume| volume["volume"] == order["volume"]);
-            volume.is_none_or(|volume| volume["verified_since"].as_str() >= order["began"].as_str())
-        };
-        if list(&ordered).iter().all(over) {
+        let mut over = true;
+        for order in list(&ordered) {
+            // A volume that left is not waited for.
+            let Some(volume) = list(volumes).iter().find(|volume| volume["volume"] == order["volume"]) else {
+                continue;
+            };
+            let (began, ended) = (&order["began"], &volume["last_pass"]);
+            if ended != began && volume["running_since"] != *began {
+                let why = format!("the pass over volume {} was replaced by another order", cell(&order["volume"]));
+                return Err(Failure::failed(format!("group {group}"), why).hint("see `farshore status`").into());
+            }
+            over &= ended == began;
+        }
+        if over {
             progress.finish();
             return Ok(volumes.clone());
         }
@@ -82,6 +95,9 @@ fn show(volumes: &Value, output: &Output) {
 fn volume_text(volume: &Value) -> String {
     let name = cell(&volume["volume"]);
     let mut text = match volume["differing_bytes"].as_u64() {
+        Some(0) if volume["skipped_bytes"] != 0 => {
+            format!("{name}: the same as its replica, but {} could not be compared\n", size(&volume["skipped_bytes"]))
+        }
         Some(0) => {
             format!("{name}: the same as its replica, all of it compared since {}\n", cell(&volume["verified_since"]))
         }

@@ -184,6 +184,8 @@ impl StreamerHandle {
 
     fn shut_down(&mut self, drain: Duration) -> StreamerStatus {
         let Some(thread) = self.thread.take() else { return StreamerStatus::default() };
+        // To the link's last word.
+        let _haste = farshore_uring::Haste::begin();
         let nanos = u64::try_from(drain.as_nanos()).unwrap_or(u64::MAX);
         self.stop.drain.store(nanos, std::sync::atomic::Ordering::Relaxed);
         self.inbox.push(Input::Stop);

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 
-use farshore_blkfilter::sync::{SyncConfig, Syncer};
+use farshore_blkfilter::sync::{SyncConfig, Syncer, VerifyEvent, VerifyOrder};
 use farshore_blkfilter::{
     BackingFile, Buf, CaptureConfig, CaptureGroup, Content, Cutter, FilterQueue, FilterVolume, VolumeSpec,
 };
@@ -77,6 +77,10 @@ pub(crate) struct Host {
     next_id: u64,
     recent: VecDeque<u64>,
     pub(crate) acked: u64,
+    /// Passes of verify follow each other.
+    pub(crate) verifies: bool,
+    /// Bytes that were found the same.
+    pub(crate) verified: u64,
 }
 
 const GUESTS: usize = 3;
@@ -113,6 +117,8 @@ impl Host {
             next_id: 1 << 20,
             recent: VecDeque::new(),
             acked: 0,
+            verifies: true,
+            verified: 0,
         };
         for index in 0..1 + u16::try_from(rng.below(2)).expect("few") {
             host.add_volume(index);
@@ -282,6 +288,19 @@ impl Host {
             self.syncer.handle_wake();
         }
         self.syncer.poll(&mut self.sync_io, now);
+        while let Some(event) = self.syncer.poll_verify() {
+            match event {
+                // Nothing here changes a disk past the filter, so nothing can.
+                VerifyEvent::Differs { volume, range } => panic!("{range:?} of volume {volume} is said to differ"),
+                VerifyEvent::Ended { found, .. } => self.verified += found.equal_bytes,
+            }
+        }
+        for volume in (0..self.disks.len()).filter(|_| self.verifies) {
+            let volume = VolumeIndex(u16::try_from(volume).expect("few"));
+            if self.syncer.verify_progress(volume).is_none() {
+                self.syncer.begin_verify(VerifyOrder { volume, pass: 1, from: 0, rate: None });
+            }
+        }
     }
 
     pub(crate) fn cut(&mut self, step: u64, now: Now, wall: WallTime, slot_free: bool) {

@@ -36,10 +36,11 @@ pub(crate) struct Trouble {
     pub(crate) points: u64,
     pub(crate) acked: u64,
     pub(crate) answers: u64,
+    pub(crate) verified: u64,
 }
 
 impl Trouble {
-    fn counts(&self) -> [(&'static str, u64); 7] {
+    fn counts(&self) -> [(&'static str, u64); 8] {
         [
             ("broken sessions", self.breaks),
             ("crashes of the target", self.crashes),
@@ -48,6 +49,7 @@ impl Trouble {
             ("points checked", self.points),
             ("writes acknowledged", self.acked),
             ("answers to sync", self.answers),
+            ("bytes verified", self.verified),
         ]
     }
 
@@ -59,6 +61,7 @@ impl Trouble {
         self.points += other.points;
         self.acked += other.acked;
         self.answers += other.answers;
+        self.verified += other.verified;
     }
 
     /// A run in which nothing went wrong proves nothing.
@@ -395,6 +398,7 @@ impl World {
     pub(crate) fn settle(&mut self) {
         self.site.spare();
         self.settling = true;
+        self.host.verifies = false;
         for _ in 0..40_000 {
             self.step += 2;
             self.boot();
@@ -410,6 +414,7 @@ impl World {
                 self.trouble.crashes = self.site.crashes;
                 self.trouble.moves = self.site.moves;
                 self.trouble.acked = self.host.acked;
+                self.trouble.verified = self.host.verified;
                 return;
             }
         }

@@ -509,7 +509,8 @@ impl Syncer {
     /// A volume of which nothing is missing joins; an event after which nothing is missing ends.
     fn conclude(&mut self) {
         let whole = |volume: &SyncVolume| volume.clean && volume.busy.is_empty();
-        if self.live {
+        // Recording a join may block.
+        if self.live && !self.checks_hold_locks() {
             for volume in self.volumes.values().filter(|volume| whole(volume) && !volume.volume.announced()) {
                 if self.group.join(&volume.volume).is_some() {
                     tracing::info!(volume = volume.volume.name.as_str(), "volume is in sync and joins the points");

@@ -3,13 +3,16 @@
 //! A slot is read from the backing device under its range lock, and the id of what was read takes its place in the stream before
 //! the lock is given back (a `Probe`, or `ProbeZero`, as in sync). No write comes between: at that ticket the replica must hold just
 //! this, whatever the guest writes later, so a "differs" is no race's fault. It is asked once more all the same before it is said.
-//! What is missing anyway is left to sync, and nothing is verified while an event is open.
+//! Runs of holes are asked about without lock or read; a "differs" of one leads to reads under the lock, like any other.
 //!
-//! The lock is held for one read of a slot, at most `stall_max` (I1); with holes in the backing file, for asking where they are.
-//! Nothing is repaired here: which side is right, a person decides.
+//! Nothing is verified while sync has anything to do for any volume of the group: what is missing is known to differ, and sync may
+//! block its thread, which nobody's lock may wait for. A lock is held, or waited for (which holds up later writes as well), for at
+//! most `stall_max` from the request on (I1). A slot that cannot be read, or that always has writes in flight, is given up after some
+//! tries and named. Nothing is repaired here: which side is right, a person decides.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
+use std::time::Duration;
 
 use farshore_proto::message::Answer;
 use farshore_proto::{ChunkId, Now, Position, SLOT_BYTES, VolumeIndex};
@@ -27,6 +30,14 @@ use crate::group::NoRoom;
 pub(super) const CHECKS: usize = 4;
 /// Most questions under way.
 const ASKED_MAX: usize = 64;
+/// Tries at a slot that has a write in flight each time, before its turn is waited for in the line.
+const BUSY_MAX: u8 = 20;
+/// Tries before a slot is given up.
+const TRIES_MAX: u8 = 40;
+/// Pause before a slot with a write in flight, or a ring without room, is looked at again.
+const PAUSE: Duration = Duration::from_millis(20);
+/// Reads of a limited pass come together, so often, for each look makes a batch: spread, they would keep an idle group cutting.
+const BURST: Duration = Duration::from_secs(1);
 /// Most ranges kept of what differs in one pass; more are counted only.
 pub const DIFFERENCES_MAX: usize = 256;
 /// Bit of a completion's token: of a check, not of sync.
@@ -54,11 +65,17 @@ pub struct VerifyFound {
     pub differing_bytes: u64,
     /// Where those are, in whole slots and in no order; at most [`DIFFERENCES_MAX`] ranges.
     pub differing: Vec<Range<u64>>,
+    /// Bytes that could not be compared: unreadable, or written to at every try.
+    pub skipped_bytes: u64,
+    /// Where those are, as [`Self::differing`].
+    pub skipped: Vec<Range<u64>>,
 }
 
 /// How far a pass is.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct VerifyProgress {
+    /// Which pass.
+    pub pass: u64,
     /// Every byte before this one, from the pass's first on, has been dealt with or is under way.
     pub at: u64,
     /// What it found.
@@ -103,8 +120,11 @@ struct Pass {
     id: u64,
     from: u64,
     rate: Option<u64>,
-    /// Time from which the rate allows the next read.
-    allowed: Now,
+    /// Slots that the rate allows until `refill`.
+    budget: u64,
+    refill: Now,
+    /// Not before then.
+    pause: Now,
     /// Next slot.
     cursor: u64,
     /// Runs that must be looked at (again), and whether that is because they differed. Bounded by what is under way.
@@ -119,15 +139,17 @@ struct Piece {
     first: u64,
     count: u64,
     differed: bool,
+    tries: u8,
 }
 
 /// A slot being read.
 #[derive(Debug)]
 struct Check {
     volume: u16,
-    slot: u64,
-    differed: bool,
+    piece: Piece,
     range: Range<u64>,
+    /// When its lock, or its place in the line, is given back.
+    until: Now,
     stage: Stage,
 }
 
@@ -135,8 +157,8 @@ struct Check {
 enum Stage {
     /// For the range lock.
     Waiting(Buf),
-    /// Under its lock, until then.
-    Reading(Now),
+    /// Under its lock.
+    Reading,
     /// It took too long: the lock was given back.
     Expired,
     /// The volume or its pass is gone, and so is the lock.
@@ -151,14 +173,44 @@ struct Asked {
     durable: Option<Now>,
 }
 
+/// Adds a range to a list that has a limit.
+fn note(list: &mut Vec<Range<u64>>, range: Range<u64>) {
+    if let Some(known) = list.iter_mut().find(|known| known.end == range.start || range.end == known.start) {
+        *known = known.start.min(range.start)..known.end.max(range.end);
+    } else if list.len() < DIFFERENCES_MAX {
+        list.push(range);
+    }
+}
+
 impl VerifyFound {
     fn differs(&mut self, range: Range<u64>) {
         self.differing_bytes += range.end - range.start;
-        if let Some(known) = self.differing.iter_mut().find(|it| it.end == range.start || range.end == it.start) {
-            *known = known.start.min(range.start)..known.end.max(range.end);
-        } else if self.differing.len() < DIFFERENCES_MAX {
-            self.differing.push(range);
+        note(&mut self.differing, range);
+    }
+
+    fn skips(&mut self, range: Range<u64>) {
+        self.skipped_bytes += range.end - range.start;
+        note(&mut self.skipped, range);
+    }
+}
+
+impl Pass {
+    /// Whether a slot may be looked at now, and when else.
+    fn due(&self) -> Now {
+        let by_rate = if self.rate.is_some() && self.budget == 0 { self.refill } else { Now(0) };
+        by_rate.max(self.pause)
+    }
+
+    /// One slot is looked at.
+    fn spend(&mut self, now: Now) {
+        let Some(rate) = self.rate else { return };
+        if self.budget == 0 {
+            // As many as a burst's time allows, or one in its own time.
+            self.budget = (rate / SLOT_BYTES).max(1);
+            let cost = u128::from(self.budget * SLOT_BYTES) * BURST.as_nanos() / u128::from(rate.max(1));
+            self.refill = Now(now.0.saturating_add(u64::try_from(cost).unwrap_or(u64::MAX)));
         }
+        self.budget -= 1;
     }
 }
 
@@ -174,7 +226,9 @@ impl Syncer {
             id: order.pass,
             from: order.from,
             rate: order.rate,
-            allowed: self.now,
+            budget: 0,
+            refill: self.now,
+            pause: self.now,
             cursor: order.from / SLOT_BYTES,
             again: VecDeque::new(),
             under_way: 0,
@@ -190,12 +244,12 @@ impl Syncer {
         let pass = self.verify.passes.get(&volume.0)?;
         // What is under way is lost with this process; a pass that goes on later begins before it.
         let checks =
-            self.verify.checks.iter().flatten().filter(|check| check.volume == volume.0).map(|check| check.slot);
+            self.verify.checks.iter().flatten().filter(|check| check.volume == volume.0).map(|check| check.piece.first);
         let asked = self.verify.asked.values().filter(|asked| asked.volume == volume.0).map(|asked| asked.piece.first);
         let again = pass.again.iter().map(|piece| piece.first);
         let slot = checks.chain(asked).chain(again).fold(pass.cursor, u64::min);
         let size = self.volumes.get(&volume.0).map_or(0, |volume| volume.volume.size());
-        Some(VerifyProgress { at: (slot * SLOT_BYTES).min(size), found: pass.found.clone() })
+        Some(VerifyProgress { pass: pass.id, at: (slot * SLOT_BYTES).min(size), found: pass.found.clone() })
     }
 
     /// The next thing that a pass has to say. To be taken after every [`Self::poll`].
@@ -212,7 +266,7 @@ impl Syncer {
         for (op, place) in (base..).zip(&mut self.verify.checks) {
             let Some(check) = place.as_mut().filter(|check| check.volume == index) else { continue };
             let before = std::mem::replace(&mut check.stage, Stage::Orphan);
-            if let (Stage::Waiting(_) | Stage::Reading(_), Some(owner)) = (&before, owner) {
+            if let (Stage::Waiting(_) | Stage::Reading, Some(owner)) = (&before, owner) {
                 owner.unlock(op, check.range.clone());
             }
             if let Stage::Waiting(_) = before {
@@ -263,11 +317,11 @@ impl Syncer {
         self.verify.asked.remove(&position.0);
         let Some(pass) = self.verify.passes.get_mut(&asked.volume) else { return };
         let Some(of) = self.volumes.get(&asked.volume) else { return };
-        let Piece { first, count, differed } = asked.piece;
+        let Piece { first, count, differed, .. } = asked.piece;
         pass.under_way -= count;
         let mut at = first;
         for run in differing(first, count, results).chunk_by(|a, b| a == b) {
-            let piece = Piece { first: at, count: run.len() as u64, differed: true };
+            let piece = Piece { first: at, count: run.len() as u64, differed: true, tries: 0 };
             let bytes = of.volume.bytes_of(at, piece.count);
             at += piece.count;
             match (run[0], differed) {
@@ -290,104 +344,102 @@ impl Syncer {
         }
     }
 
-    /// Source and replica are meant to be the same, and there is room for a look.
+    /// Source and replica are meant to be the same, sync has nothing to do that could block its thread, and there is room for a look.
     fn verify_ready(&self, index: u16) -> bool {
         let sound = |volume: &SyncVolume| volume.clean && volume.busy.is_empty() && volume.volume.announced();
         !self.group.event_open()
-            && self.volumes.get(&index).is_some_and(sound)
+            && self.volumes.values().all(sound)
             && self.verify.asked.len() < ASKED_MAX
             && self.verify.checks.iter().any(Option::is_none)
-            && self.verify.passes.get(&index).is_some_and(|pass| pass.allowed <= self.now)
+            && self.verify.passes.get(&index).is_some_and(|pass| pass.due() <= self.now)
+    }
+
+    /// A range lock is held or waited for: nothing that may block is done on this thread meanwhile.
+    pub(super) fn checks_hold_locks(&self) -> bool {
+        let holds = |check: &Check| matches!(check.stage, Stage::Waiting(_) | Stage::Reading);
+        self.verify.checks.iter().flatten().any(holds)
     }
 
     /// Begins with the next slots of a pass; `false`: there is none, or no room.
     fn check_next<I: Io<Buf>>(&mut self, io: &mut I, index: u16) -> bool {
-        let now = self.now;
+        let (now, free_to_ask) = (self.now, !self.checks_hold_locks());
         let (Some(pass), Some(of)) = (self.verify.passes.get_mut(&index), self.volumes.get(&index)) else {
             return false;
         };
-        let (piece, most) = if let Some(piece) = pass.again.front_mut() {
+        let (piece, holes) = if let Some(piece) = pass.again.front_mut() {
             let next = Piece { count: 1, ..*piece };
             piece.first += 1;
             piece.count -= 1;
             if piece.count == 0 {
                 pass.again.pop_front();
             }
-            (next, 1)
+            (next, 0)
         } else if pass.cursor < of.volume.slots() {
-            let next = Piece { first: pass.cursor, count: 1, differed: false };
-            pass.cursor += 1;
-            (next, (of.volume.slots() - next.first).min(ZERO_RUN))
+            let next = Piece { first: pass.cursor, count: 1, differed: false, tries: 0 };
+            let most = (of.volume.slots() - pass.cursor).min(ZERO_RUN);
+            (next, if free_to_ask { of.holes(next.first, most) } else { 0 })
         } else {
             return false;
         };
-        let first = piece.first;
-        if of.volume.missing.test(first) {
-            return true;
+        pass.spend(now);
+        pass.cursor = pass.cursor.max(piece.first + 1).max(piece.first + holes);
+        if holes == 0 {
+            pass.under_way += 1;
+            return self.check(io, index, piece);
         }
-        if let Some(rate) = pass.rate {
-            let cost = u128::from(SLOT_BYTES) * 1_000_000_000 / u128::from(rate.max(1));
-            pass.allowed = Now(now.0.saturating_add(u64::try_from(cost).unwrap_or(u64::MAX)));
-        }
-        pass.under_way += 1;
-        if most > 1 && of.zero_slots(first, 1) == [true] {
-            match self.check_zeroes(index, first, most) {
-                Ok(0) => {}
-                Ok(count) => {
-                    if let Some(pass) = self.verify.passes.get_mut(&index) {
-                        pass.cursor = first + count;
-                        pass.under_way += count - 1;
-                    }
-                    return true;
-                }
-                Err(NoRoom) => return self.put_back(index, piece),
-            }
-        }
-        self.check(io, index, piece);
-        true
+        let piece = Piece { count: holes, ..piece };
+        pass.under_way += holes;
+        self.ask_checked(index, piece, None).is_ok() || self.put_back(index, piece, PAUSE)
     }
 
-    /// No room in the ring: later. Always `false`.
-    fn put_back(&mut self, index: u16, piece: Piece) -> bool {
+    /// Not now: again after a pause. Always `false`.
+    fn put_back(&mut self, index: u16, piece: Piece, pause: Duration) -> bool {
+        let until = self.now.plus(pause);
         if let Some(pass) = self.verify.passes.get_mut(&index) {
             pass.under_way -= piece.count;
             pass.again.push_back(piece);
+            pass.pause = pass.pause.max(until);
         }
         false
     }
 
-    /// Asks about slots that are holes. The number of them; 0: not that many after all, or a write is in flight to them.
-    fn check_zeroes(&mut self, index: u16, first: u64, most: u64) -> Result<u64, NoRoom> {
-        let brief = self.brief_op();
-        let of = &self.volumes[&index];
-        let whole = |of: &SyncVolume, most: u64| {
-            let zero = of.zero_slots(first, most);
-            let slots = (first..).zip(&zero).take_while(|(slot, zero)| **zero && !of.volume.missing.test(*slot));
-            slots.count() as u64
-        };
-        let wanted = whole(of, most);
-        let range = of.volume.bytes_of(first, wanted);
-        if wanted == 0 || !of.owner.try_lock(brief, range.clone()) {
-            return Ok(0);
-        }
-        // Under the lock they stay what they are.
-        let count = whole(&self.volumes[&index], wanted);
-        let piece = Piece { first, count, differed: false };
-        let asked = if count == 0 { Ok(()) } else { self.ask_checked(index, piece, None) };
-        self.volumes[&index].owner.unlock(brief, range);
-        asked.map(|()| count)
-    }
-
-    fn check<I: Io<Buf>>(&mut self, io: &mut I, index: u16, piece: Piece) {
+    /// Reads a slot as soon as it has its lock. `false`: not now.
+    fn check<I: Io<Buf>>(&mut self, io: &mut I, index: u16, piece: Piece) -> bool {
         let at = self.verify.checks.iter().position(Option::is_none).expect("looked at before");
-        let of = &self.volumes[&index];
+        let (op, of) = (self.check_op(at), &self.volumes[&index]);
         let range = of.volume.bytes_of(piece.first, 1);
-        let buf = Buf::Other(self.pool.take(SLOT_LEN));
-        let granted = of.owner.lock(self.check_op(at), range.clone());
-        let Piece { first: slot, differed, .. } = piece;
-        self.verify.checks[at] = Some(Check { volume: index, slot, differed, range, stage: Stage::Waiting(buf) });
+        // In line it would keep back writes that have nothing to do with the one in flight.
+        let granted = if piece.tries % BUSY_MAX < BUSY_MAX - 1 {
+            if !of.owner.try_lock(op, range.clone()) {
+                return self.try_again(index, piece, PAUSE);
+            }
+            true
+        } else {
+            of.owner.lock(op, range.clone())
+        };
+        let until = self.now.plus(self.group.config().stall_max);
+        let stage = Stage::Waiting(Buf::Other(self.pool.take(SLOT_LEN)));
+        self.verify.checks[at] = Some(Check { volume: index, piece, range, until, stage });
         if granted {
             self.read_checked(io, at);
+        }
+        true
+    }
+
+    /// A try at a slot failed; after many it is given up. Always `false`.
+    fn try_again(&mut self, index: u16, piece: Piece, pause: Duration) -> bool {
+        if piece.tries >= TRIES_MAX {
+            self.skip(index, piece);
+            return false;
+        }
+        self.put_back(index, Piece { tries: piece.tries + 1, ..piece }, pause)
+    }
+
+    /// A slot is given up.
+    fn skip(&mut self, index: u16, piece: Piece) {
+        if let (Some(pass), Some(of)) = (self.verify.passes.get_mut(&index), self.volumes.get(&index)) {
+            pass.under_way -= piece.count;
+            pass.found.skips(of.volume.bytes_of(piece.first, piece.count));
         }
     }
 
@@ -406,9 +458,8 @@ impl Syncer {
 
     /// The lock is there.
     fn read_checked<I: Io<Buf>>(&mut self, io: &mut I, at: usize) {
-        let until = self.now.plus(self.group.config().stall_max);
         let Some(check) = &mut self.verify.checks[at] else { return };
-        let Stage::Waiting(buf) = std::mem::replace(&mut check.stage, Stage::Reading(until)) else {
+        let Stage::Waiting(buf) = std::mem::replace(&mut check.stage, Stage::Reading) else {
             unreachable!("a lock is granted once, to one who waits")
         };
         let file = self.volumes[&check.volume].file;
@@ -416,18 +467,25 @@ impl Syncer {
         io.submit(Token::device(CHECK | at as u64), Op::Read { file, offset: check.range.start, buf, len });
     }
 
-    /// Locks that were held for too long (I1).
+    /// Locks that were held, or waited for, for too long (I1).
     pub(super) fn expire_checks(&mut self) {
-        let base = self.check_op(0);
-        for (op, check) in (base..).zip(&mut self.verify.checks) {
-            let Some(check) =
-                check.as_mut().filter(|check| matches!(check.stage, Stage::Reading(until) if until <= self.now))
-            else {
-                continue;
+        for at in 0..CHECKS {
+            let op = self.check_op(at);
+            let Some(check) = self.verify.checks[at].as_mut().filter(|check| check.until <= self.now) else { continue };
+            let waited = match check.stage {
+                Stage::Waiting(_) => true,
+                Stage::Reading => false,
+                Stage::Expired | Stage::Orphan => continue,
             };
             check.stage = Stage::Expired;
-            if let Some(of) = self.volumes.get(&check.volume) {
+            let (index, piece) = (check.volume, check.piece);
+            if let Some(of) = self.volumes.get(&index) {
                 of.owner.unlock(op, check.range.clone());
+            }
+            if waited {
+                // Nothing of it is under way.
+                self.verify.checks[at] = None;
+                self.try_again(index, piece, BACKOFF);
             }
         }
     }
@@ -435,10 +493,10 @@ impl Syncer {
     /// When to look at the checks and passes again, if nothing else happens.
     pub(super) fn verify_deadline(&self) -> Option<Now> {
         let locks = self.verify.checks.iter().flatten().filter_map(|check| match check.stage {
-            Stage::Reading(until) => Some(until),
-            Stage::Waiting(_) | Stage::Expired | Stage::Orphan => None,
+            Stage::Waiting(_) | Stage::Reading => Some(check.until),
+            Stage::Expired | Stage::Orphan => None,
         });
-        let passes = self.verify.passes.values().map(|pass| pass.allowed).filter(|at| *at > self.now);
+        let passes = self.verify.passes.values().map(Pass::due).filter(|at| *at > self.now);
         locks.chain(passes).min()
     }
 
@@ -448,49 +506,40 @@ impl Syncer {
         let op = self.check_op(at);
         let Some(check) = self.verify.checks.get_mut(at).and_then(Option::take) else { return };
         let Some(buf) = completion.buf else { return };
-        let piece = Piece { first: check.slot, count: 1, differed: check.differed };
-        match check.stage {
+        let (index, piece) = (check.volume, check.piece);
+        let in_time = match check.stage {
             Stage::Orphan => return,
-            Stage::Expired => {
-                self.put_back(check.volume, piece);
-                let later = self.now.plus(BACKOFF);
-                if let Some(pass) = self.verify.passes.get_mut(&check.volume) {
-                    pass.allowed = pass.allowed.max(later);
-                }
-                return;
-            }
-            Stage::Reading(_) => {}
+            Stage::Expired => false,
+            Stage::Reading => true,
             Stage::Waiting(_) => unreachable!("nothing was under way"),
-        }
-        let index = check.volume;
-        let missing = self.volumes[&index].volume.missing.test(check.slot);
-        let done = match completion.result {
-            _ if missing => Ok(false),
+        };
+        let len = check.range.end - check.range.start;
+        match completion.result {
             Err(error) => {
-                tracing::warn!(volume = index, slot = check.slot, %error, "cannot verify a slot: it cannot be read");
-                let (offset, len) = (check.range.start, check.range.end - check.range.start);
-                self.group.raise(Alarm::Unreadable { volume: VolumeIndex(index), offset, len });
-                Ok(false)
+                tracing::warn!(volume = index, slot = piece.first, %error, "cannot verify a slot: it cannot be read");
+                self.group.raise(Alarm::Unreadable { volume: VolumeIndex(index), offset: check.range.start, len });
+                self.skip(index, piece);
+            }
+            // What was read is of no moment that has a ticket.
+            Ok(_) if !in_time => {
+                _ = self.try_again(index, Piece { tries: piece.tries.max(TRIES_MAX - 3), ..piece }, BACKOFF)
             }
             Ok(_) => {
-                let len = usize::try_from(check.range.end - check.range.start).expect("at most a slot");
-                let id = (!is_zero(&buf[..len])).then(|| self.key.chunk_id(&buf[..len]));
-                self.ask_checked(index, piece, id).map(|()| true)
-            }
-        };
-        self.volumes[&index].owner.unlock(op, check.range);
-        match done {
-            Ok(true) => {}
-            Ok(false) => {
-                if let Some(pass) = self.verify.passes.get_mut(&index) {
-                    pass.under_way -= 1;
+                let content = &buf[..usize::try_from(len).expect("at most a slot")];
+                let id = (!is_zero(content)).then(|| self.key.chunk_id(content));
+                // Marked since: sync deals with it first.
+                let missing = self.volumes[&index].volume.missing.test(piece.first);
+                if missing || self.ask_checked(index, piece, id).is_err() {
+                    self.put_back(index, piece, PAUSE);
                 }
             }
-            Err(NoRoom) => _ = self.put_back(index, piece),
+        }
+        if in_time && let Some(of) = self.volumes.get(&index) {
+            of.owner.unlock(op, check.range);
         }
     }
 
-    /// Asks about slots whose range the caller has locked since before it read them.
+    /// Asks about a slot whose range the caller has locked since before it read it, or about slots that are holes.
     fn ask_checked(&mut self, index: u16, piece: Piece, id: Option<ChunkId>) -> Result<(), NoRoom> {
         let position = self.publish_question(index, piece.first, piece.count, id, true)?;
         self.verify.asked.insert(position, Asked { volume: index, piece, durable: None });
@@ -507,5 +556,15 @@ impl Syncer {
         }
         let Pass { id: pass, from, found, .. } = self.verify.passes.remove(&index).expect("looked at just now");
         self.verify.events.push_back(VerifyEvent::Ended { volume: VolumeIndex(index), pass, from, found });
+    }
+}
+
+impl SyncVolume {
+    /// How many slots from `first` on are holes, up to `most`. May block.
+    fn holes(&self, first: u64, most: u64) -> u64 {
+        if self.zero_slots(first, 1) != [true] {
+            return 0;
+        }
+        self.zero_slots(first, most).iter().take_while(|zero| **zero).count() as u64
     }
 }
