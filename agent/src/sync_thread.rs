@@ -120,6 +120,8 @@ impl CurrentWaker {
 struct Shown {
     progress: Option<SyncProgress>,
     passes: BTreeMap<u16, VerifyProgress>,
+    /// Orders for passes that the thread has not taken: [`Self::passes`] has them already.
+    ordered: usize,
     /// Findings that nobody has taken; of each volume at most [`DIFFERENCES_MAX`] and its passes' ends.
     events: Vec<VerifyEvent>,
 }
@@ -204,7 +206,11 @@ impl<F: BackingFile> SyncThread<F> {
     pub(crate) fn verify(&self, order: VerifyOrder) {
         let VerifyOrder { volume, pass, from, .. } = order;
         let begun = VerifyProgress { pass, at: from, found: VerifyFound::default() };
-        self.shown.lock().unwrap_or_else(PoisonError::into_inner).passes.insert(volume.0, begun);
+        {
+            let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+            shown.passes.insert(volume.0, begun);
+            shown.ordered += 1;
+        }
         self.tell(SyncOrder::Verify(order));
     }
 
@@ -347,9 +353,12 @@ impl<F: BackingFile> Life<F> {
                 SyncOrder::Answers(answers) => syncer.handle_answers(&answers),
                 SyncOrder::Durable(position) => syncer.handle_durable(position),
                 SyncOrder::Verify(order) => {
-                    if !syncer.begin_verify(order) {
-                        // Begun again when sync has the volume.
-                        self.shown().passes.remove(&order.volume.0);
+                    let begun = syncer.begin_verify(order);
+                    let mut shown = self.shown();
+                    shown.ordered = shown.ordered.saturating_sub(1);
+                    if !begun {
+                        // Ordered again when sync has the volume.
+                        shown.passes.remove(&order.volume.0);
                     }
                 }
                 SyncOrder::Stop => return false,
@@ -385,8 +394,12 @@ impl<F: BackingFile> Life<F> {
                     self.note(&order);
                     match order {
                         SyncOrder::Remove(_, done) => _ = done.send(()),
-                        // Begun again when there is a syncer.
-                        SyncOrder::Verify(order) => _ = self.shown().passes.remove(&order.volume.0),
+                        SyncOrder::Verify(order) => {
+                            // Ordered again when there is a syncer.
+                            let mut shown = self.shown();
+                            shown.ordered = shown.ordered.saturating_sub(1);
+                            shown.passes.remove(&order.volume.0);
+                        }
                         SyncOrder::Add(_) | SyncOrder::Live { .. } | SyncOrder::Break => {}
                         SyncOrder::Answers(_) | SyncOrder::Durable(_) | SyncOrder::Stop => {}
                     }
@@ -423,7 +436,9 @@ impl<F: BackingFile> Life<F> {
         let passes: BTreeMap<u16, VerifyProgress> = self.volumes.keys().filter_map(of).collect();
         let mut shown = self.shown();
         shown.progress = Some(progress);
-        shown.passes = passes;
+        if shown.ordered == 0 {
+            shown.passes = passes;
+        }
     }
 }
 

@@ -3,10 +3,11 @@
 //! Every `verify_every` a pass goes over each volume at `verify_rate`, and one ordered by a person goes at sync's rate. A pass that
 //! was cut off goes on from where it was last kept. What differs is kept until a pass finds it equal.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::Duration;
 
-use farshore_blkfilter::sync::{DIFFERENCES_MAX, VerifyEvent, VerifyFound, VerifyOrder};
+use farshore_blkfilter::sync::{DIFFERENCES_MAX, VerifyEvent, VerifyFound, VerifyOrder, VerifyProgress};
 use farshore_proto::text::show_time;
 use farshore_proto::{VolumeIndex, WallTime};
 use serde::{Deserialize, Serialize};
@@ -64,8 +65,10 @@ impl VerifyState {
 
     /// Known at once, whatever becomes of the pass.
     fn differs(&mut self, range: &Range<u64>) {
-        let known = self.differing.iter().any(|known| known.0 <= range.start && range.end <= known.1);
-        if !known && self.differing.len() < DIFFERENCES_MAX {
+        let touching = self.differing.iter_mut().find(|known| known.0 <= range.end && range.start <= known.1);
+        if let Some(known) = touching {
+            *known = (known.0.min(range.start), known.1.max(range.end));
+        } else if self.differing.len() < DIFFERENCES_MAX {
             self.differing.push((range.start, range.end));
         }
     }
@@ -82,7 +85,10 @@ impl VerifyState {
         }
         // What was not compared stays as it was.
         let before = 0..from;
-        let kept = std::iter::once(&before).chain(&found.skipped);
+        let named: u64 = found.skipped.iter().map(|range| range.end - range.start).sum();
+        // Where not all is named that was skipped, it may be anywhere.
+        let anywhere = (named < found.skipped_bytes).then_some(0..u64::MAX);
+        let kept = std::iter::once(&before).chain(&found.skipped).filter(|_| anywhere.is_none()).chain(&anywhere);
         let kept: Vec<_> = kept.flat_map(|kept| parts(&self.differing, kept)).collect();
         self.differing = kept;
         self.differing.extend(found.differing.iter().map(|range| (range.start, range.end)));
@@ -104,19 +110,31 @@ fn parts(ranges: &[(u64, u64)], within: &Range<u64>) -> Vec<(u64, u64)> {
 impl Group {
     /// Takes in what sync has found, and begins what is due. Called every second.
     pub(crate) fn watch_verify(&self) {
+        // Before what was found is taken: what is kept as dealt with must not be ahead of what is kept as found.
+        let progress: BTreeMap<u16, VerifyProgress> = self
+            .volumes()
+            .iter()
+            .filter_map(|of| Some((of.index, self.shared.sync.verify_progress(VolumeIndex(of.index))?)))
+            .collect();
         let mut unkept = Vec::new();
         for event in self.shared.sync.take_verify_events() {
             let kept = match &event {
                 VerifyEvent::Differs { volume, range } => {
-                    let subject = self.shared.volume_subject(*volume);
-                    tracing::error!(volume = subject, ?range, "source and replica differ");
-                    self.update_verify(*volume, |known| known.differs(range))
+                    let kept = self.update_verify(*volume, |known| known.differs(range));
+                    if kept {
+                        let subject = self.shared.volume_subject(*volume);
+                        tracing::error!(volume = subject, ?range, "source and replica differ");
+                    }
+                    kept
                 }
                 VerifyEvent::Ended { volume, pass, from, found } => {
-                    let subject = self.shared.volume_subject(*volume);
-                    let VerifyFound { equal_bytes, differing_bytes, skipped_bytes, .. } = found;
-                    tracing::info!(volume = subject, from, equal_bytes, differing_bytes, skipped_bytes, "verified");
-                    self.update_verify(*volume, |known| known.ended(*pass, *from, found))
+                    let kept = self.update_verify(*volume, |known| known.ended(*pass, *from, found));
+                    if kept {
+                        let subject = self.shared.volume_subject(*volume);
+                        let VerifyFound { equal_bytes, differing_bytes, skipped_bytes, .. } = found;
+                        tracing::info!(volume = subject, from, equal_bytes, differing_bytes, skipped_bytes, "verified");
+                    }
+                    kept
                 }
             };
             if !kept {
@@ -125,26 +143,32 @@ impl Group {
         }
         if !unkept.is_empty() {
             // The state cannot be written (`state.failed`): said all the same, and kept when it can.
-            for event in &unkept {
-                if let VerifyEvent::Differs { volume, range } = event {
-                    let mut known = VerifyState::default();
-                    known.differs(range);
-                    self.tell_of_differences(*volume, &known);
+            for volume in self.volumes() {
+                let mut known = volume.verify.unwrap_or_default();
+                for event in &unkept {
+                    match event {
+                        VerifyEvent::Differs { volume: of, range } if of.0 == volume.index => known.differs(range),
+                        VerifyEvent::Differs { .. } | VerifyEvent::Ended { .. } => {}
+                    }
                 }
+                self.tell_of_differences(VolumeIndex(volume.index), &known);
             }
             return self.shared.sync.give_back_verify_events(unkept);
         }
         for volume in self.volumes() {
-            self.go_on_verifying(&volume);
+            self.go_on_verifying(&volume, progress.get(&volume.index));
         }
     }
 
-    fn go_on_verifying(&self, volume: &VolumeState) {
+    /// `progress`: of its pass, if there is one under way.
+    fn go_on_verifying(&self, volume: &VolumeState, progress: Option<&VerifyProgress>) {
         let index = VolumeIndex(volume.index);
         let known = volume.verify.clone().unwrap_or_default();
         self.tell_of_differences(index, &known);
-        if let Some(progress) = self.shared.sync.verify_progress(index) {
-            if progress.at >= known.at.saturating_add(KEEP_BYTES.min(volume.size / 16)) {
+        if let Some(progress) = progress {
+            // Not beyond what it could not compare: that is known to the pass alone, so one that goes on looks again.
+            let far = progress.at >= known.at.saturating_add(KEEP_BYTES.min(volume.size / 16));
+            if far && progress.found.skipped_bytes == 0 {
                 self.update_verify(index, |known| {
                     // Of this pass, not of one that it has taken the place of.
                     if known.began == Some(progress.pass) {
@@ -314,8 +338,15 @@ mod tests {
             (known.differing.as_slice(), known.since, known.last),
             (&[(10, 50), (75, 80)][..], Some(2), Some(3))
         );
+        known.differing = vec![(10, 60), (70, 80)];
+        known.begin(WallTime(4), false);
+        let unnamed = VerifyFound { skipped_bytes: 15, ..VerifyFound::default() };
+        known.ended(4, 0, &unnamed);
+        assert_eq!(known.differing, [(10, 60), (70, 80)], "it may have skipped these");
+        known.differs(&(60..70));
+        assert_eq!(known.differing_bytes(), 70);
         for n in 0..1000 {
-            known.differs(&(n * 2..n * 2 + 1));
+            known.differs(&(n * 3..n * 3 + 1));
         }
         assert_eq!(known.differing.len(), DIFFERENCES_MAX);
     }

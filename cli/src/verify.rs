@@ -51,9 +51,9 @@ fn pass(group: &str, repair: bool, left: &mut Option<Duration>, socket: &Path, o
         let volumes = &status[0]["verify"];
         let mut over = true;
         for order in list(&ordered) {
-            // A volume that left is not waited for.
             let Some(volume) = list(volumes).iter().find(|volume| volume["volume"] == order["volume"]) else {
-                continue;
+                let why = format!("volume {} left it and was not verified", cell(&order["volume"]));
+                return Err(Failure::failed(format!("group {group}"), why).into());
             };
             let (began, ended) = (&order["began"], &volume["last_pass"]);
             if ended != began && volume["running_since"] != *began {

@@ -479,6 +479,10 @@ impl Syncer {
             if self.tasks.iter().all(Option::is_some) {
                 return;
             }
+            if self.checks_hold_locks() {
+                // Finding asks files for their holes, which may block. The check's end, or its time limit, brings the next turn.
+                return;
+            }
             if runs == RUNS_PER_POLL {
                 self.again = true;
                 return;

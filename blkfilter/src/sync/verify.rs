@@ -366,7 +366,19 @@ impl Syncer {
         let (Some(pass), Some(of)) = (self.verify.passes.get_mut(&index), self.volumes.get(&index)) else {
             return false;
         };
-        let (piece, holes) = if let Some(piece) = pass.again.front_mut() {
+        let (piece, holes) = if let Some(run) = pass.again.pop_front_if(|piece| piece.count > 1 && !piece.differed) {
+            // Holes that could not be asked about.
+            let holes = if free_to_ask { of.holes(run.first, run.count) } else { 0 };
+            let taken = holes.max(1);
+            if !free_to_ask {
+                pass.again.push_front(run);
+                return false;
+            }
+            if taken < run.count {
+                pass.again.push_front(Piece { first: run.first + taken, count: run.count - taken, ..run });
+            }
+            (Piece { count: 1, ..run }, holes)
+        } else if let Some(piece) = pass.again.front_mut() {
             let next = Piece { count: 1, ..*piece };
             piece.first += 1;
             piece.count -= 1;
