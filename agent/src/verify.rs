@@ -37,7 +37,7 @@ pub struct VerifyState {
     /// The same of a pass that has not ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub began: Option<u64>,
-    /// Byte from which on that one goes on.
+    /// Byte from which on that one goes on; 0 while there is none.
     #[serde(default)]
     pub at: u64,
     /// A person has ordered it.
@@ -91,9 +91,8 @@ impl VerifyState {
         let kept = std::iter::once(&before).chain(&found.skipped).filter(|_| anywhere.is_none()).chain(&anywhere);
         let kept: Vec<_> = kept.flat_map(|kept| parts(&self.differing, kept)).collect();
         self.differing = kept;
-        self.differing.extend(found.differing.iter().map(|range| (range.start, range.end)));
+        found.differing.iter().for_each(|range| self.differs(range));
         self.differing.sort_unstable();
-        self.differing.truncate(DIFFERENCES_MAX);
     }
 
     fn differing_bytes(&self) -> u64 {
@@ -168,13 +167,10 @@ impl Group {
         if let Some(progress) = progress {
             // Not beyond what it could not compare: that is known to the pass alone, so one that goes on looks again.
             let far = progress.at >= known.at.saturating_add(KEEP_BYTES.min(volume.size / 16));
-            if far && progress.found.skipped_bytes == 0 {
-                self.update_verify(index, |known| {
-                    // Of this pass, not of one that it has taken the place of.
-                    if known.began == Some(progress.pass) {
-                        known.at = progress.at;
-                    }
-                });
+            // Of this pass, not of one that it has taken the place of. (Orders come under the mutex that this is called under.)
+            let own = known.began == Some(progress.pass);
+            if far && own && progress.found.skipped_bytes == 0 {
+                self.update_verify(index, |known| known.at = progress.at);
             }
             return;
         }
@@ -183,23 +179,12 @@ impl Group {
         let every = policy.verify_rate.map(|_| policy.verify_every);
         if captured.is_some_and(|it| it.announced()) && known.is_due(clock::wall(), every) {
             let pass = known.began.unwrap_or(clock::wall().0);
-            let mut begun = known.began.is_some();
-            if !begun {
-                let kept = self.update_verify(index, |known| {
-                    // Unless a person has ordered one meanwhile.
-                    if known.began.is_none() {
-                        known.begin(WallTime(pass), false);
-                        begun = true;
-                    }
-                });
-                begun &= kept;
-            }
-            if !begun {
+            let goes_on = known.began.is_some();
+            if !goes_on && !self.update_verify(index, |known| known.begin(WallTime(pass), false)) {
                 return;
             }
             let rate = if known.ordered { policy.sync_rate } else { policy.verify_rate };
-            let from = if known.began.is_some() { known.at } else { 0 };
-            self.shared.sync.verify(VerifyOrder { volume: index, pass, from, rate });
+            self.shared.sync.verify(VerifyOrder { volume: index, pass, from: known.at, rate });
         }
     }
 
@@ -268,6 +253,7 @@ impl Group {
         let document = |volume: &VolumeState| {
             let known = volume.verify.clone().unwrap_or_default();
             let progress = self.shared.sync.verify_progress(VolumeIndex(volume.index));
+            let at = progress.filter(|it| known.began == Some(it.pass)).map_or(known.at, |it| it.at);
             let ranges = known.differing.iter().map(|(from, to)| json!({ "offset": from, "len": to - from }));
             json!({
                 "volume": volume.name,
@@ -276,7 +262,7 @@ impl Group {
                 "skipped_bytes": known.skipped_bytes,
                 "running_since": known.began.map(|began| show_time(WallTime(began))),
                 "ordered": known.ordered,
-                "done_bytes": progress.filter(|progress| known.began == Some(progress.pass)).map_or(known.at, |progress| progress.at),
+                "done_bytes": at,
                 "total_bytes": volume.size,
                 "differing_bytes": known.differing_bytes(),
                 "differing": ranges.collect::<Vec<_>>(),

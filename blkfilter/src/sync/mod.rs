@@ -101,8 +101,8 @@ pub struct SyncProgress {
     pub eta: Option<Duration>,
 }
 
-/// Sync of one group, and the verify of what is in sync ([`Self::begin_verify`]). Performs no I/O of its own; runs on a thread of its own (it asks files for their holes, which may block), or in
-/// a simulation.
+/// Sync of one group, and the verify of what is in sync ([`Self::begin_verify`]). Performs no I/O of its own; runs on a thread of its
+/// own (it asks files for their holes, which may block), or in a simulation.
 ///
 /// Inputs: [`Self::handle_live`], [`Self::handle_break`], [`Self::handle_answers`], [`Self::handle_durable`],
 /// [`Self::handle_completion`], [`Self::handle_wake`]; after any of them, and at [`Self::poll_deadline`], call [`Self::poll`].

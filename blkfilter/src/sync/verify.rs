@@ -368,12 +368,12 @@ impl Syncer {
         };
         let (piece, holes) = if let Some(run) = pass.again.pop_front_if(|piece| piece.count > 1 && !piece.differed) {
             // Holes that could not be asked about.
-            let holes = if free_to_ask { of.holes(run.first, run.count) } else { 0 };
-            let taken = holes.max(1);
             if !free_to_ask {
                 pass.again.push_front(run);
                 return false;
             }
+            let holes = of.holes(run.first, run.count);
+            let taken = holes.max(1);
             if taken < run.count {
                 pass.again.push_front(Piece { first: run.first + taken, count: run.count - taken, ..run });
             }
