@@ -131,6 +131,7 @@ fn order(place: BatchPlace, set: &RecordSet, level: Level) -> SealOrder {
         lease: None,
         session: 1,
         level,
+        log: None,
     }
 }
 

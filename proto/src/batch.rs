@@ -11,8 +11,8 @@ use crate::frame::{self, Compressor, FRAME_HEADER_BYTES, FRAME_PLAIN_MAX, FrameH
 use crate::keys::HostKey;
 use crate::record::{RECORD_BYTES, Record};
 use crate::{
-    BatchNo, ChainHash, Error, Generation, GroupId, HostId, Incarnation, KeyEpoch, Name, PointId, Position, Result,
-    VaultId, VolumeIndex, WallTime, codec,
+    BatchNo, ChainHash, Error, Generation, GroupId, HostId, Incarnation, KeyEpoch, LogMark, Name, PointId, Position,
+    Result, VaultId, VolumeIndex, WallTime, codec,
 };
 
 /// Bytes of a [`BatchHeader`].
@@ -62,7 +62,8 @@ pub struct BatchHeader {
     previous: [u8; 32],
     chain: [u8; 32],
     salt: [u8; 32],
-    reserved: [u8; 76],
+    activity_session: U64,
+    reserved: [u8; 68],
     crc: U32,
 }
 
@@ -234,6 +235,12 @@ impl BatchHeader {
         self.raw_bytes.get()
     }
 
+    /// Where the source's activity log was when the batch was made, so behind every write in it.
+    #[must_use]
+    pub fn log(&self) -> Option<LogMark> {
+        LogMark { session: self.activity_session.get(), number: self.activity_log.get() }.known()
+    }
+
     fn authenticated(&self) -> &[u8] {
         &self.as_bytes()[..BATCH_HEADER_BYTES - 4]
     }
@@ -278,6 +285,8 @@ pub struct BatchBuilder<'a> {
     pub host_key: &'a HostKey,
     /// Bytes that guests wrote.
     pub raw_bytes: u64,
+    /// Where the source's activity log is, if it has one; read after the batch's last write got its position.
+    pub log: Option<LogMark>,
 }
 
 impl BatchBuilder<'_> {
@@ -350,11 +359,12 @@ impl BatchBuilder<'_> {
             record_count: u32::try_from(records).expect("checked against the record limit").into(),
             body_len: U64::ZERO,
             raw_bytes: self.raw_bytes.into(),
-            activity_log: U64::ZERO,
+            activity_log: self.log.map_or(0, |log| log.number).into(),
             previous: self.previous.0,
             chain: self.chain.0,
             salt: self.salt,
-            reserved: [0; 76],
+            activity_session: self.log.map_or(0, |log| log.session).into(),
+            reserved: [0; 68],
             crc: U32::ZERO,
         }
     }

@@ -10,6 +10,7 @@ mod error;
 pub mod frame;
 mod ids;
 pub mod keys;
+mod log_mark;
 pub mod message;
 pub mod record;
 pub mod session;
@@ -21,4 +22,5 @@ pub use ids::{
     BatchNo, ChainHash, ChunkId, Generation, GroupId, HostId, Incarnation, KeyEpoch, Name, PointId, Position, Role,
     VaultId, VolumeIndex,
 };
+pub use log_mark::LogMark;
 pub use units::{Now, SECTOR_BYTES, SLOT_BYTES, SLOT_SECTORS, SlotNo, WallTime};

@@ -7,8 +7,8 @@
 use crate::batch::VolumeDecl;
 use crate::keys::AnswerKey;
 use crate::{
-    BatchNo, ChainHash, ChunkId, Error, Generation, GroupId, Incarnation, KeyEpoch, Name, Position, Result, VaultId,
-    VolumeIndex, WallTime, codec,
+    BatchNo, ChainHash, ChunkId, Error, Generation, GroupId, Incarnation, KeyEpoch, LogMark, Name, Position, Result,
+    VaultId, VolumeIndex, WallTime, codec,
 };
 
 /// Version of the messages and of the batch format that goes with them.
@@ -111,6 +111,8 @@ pub struct Welcome {
     pub joined: Vec<VolumeIndex>,
     /// An event is open in the stream: no cut is recoverable until its end.
     pub event_open: bool,
+    /// Where the source's activity log was by the last batch held; none: it had none, or that is not known any more.
+    pub log: Option<LogMark>,
 }
 
 /// Why a stream is refused; the text beside it names the particulars.

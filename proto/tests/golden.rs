@@ -11,7 +11,7 @@ use farshore_proto::keys::{AnswerKey, HostKey, VaultKey};
 use farshore_proto::message::{Answer, Answers, Hello, Lease, RefuseCode, SourceMessage, Tail, TargetMessage, Welcome};
 use farshore_proto::record::{Home, Kind, Record};
 use farshore_proto::{
-    BatchNo, ChainHash, ChunkId, Generation, GroupId, HostId, Incarnation, KeyEpoch, Name, Position, VaultId,
+    BatchNo, ChainHash, ChunkId, Generation, GroupId, HostId, Incarnation, KeyEpoch, LogMark, Name, Position, VaultId,
     VolumeIndex, WallTime,
 };
 
@@ -115,6 +115,7 @@ fn batch_bytes() -> Vec<u8> {
         salt,
         host_key: &key,
         raw_bytes: 4608,
+        log: Some(LogMark { session: 0x1122_3344_5566_7788, number: 99 }),
     };
     let mut data = Vec::new();
     let first = [content(1, 4096), content(2, 512)].concat();
@@ -220,6 +221,7 @@ fn messages_of_the_target() {
         empty: vec![VolumeIndex(7)],
         joined: vec![VolumeIndex(0)],
         event_open: true,
+        log: Some(LogMark { session: 0x1122_3344_5566_7788, number: 99 }),
     };
     let answer = Answer { volume: VolumeIndex(0), position: Position(107), offset: 196_608, len: 65_536, equal: true };
     let messages = [

@@ -83,6 +83,7 @@ fn serve(
                         empty: Vec::new(),
                         joined: Vec::new(),
                         event_open: false,
+                        log: None,
                     });
                 }
                 id

@@ -169,6 +169,7 @@ fn run(label: &str, raw: &RawBatch<Cell>) {
             lease: None,
             session: 1,
             level,
+            log: None,
         };
         let sealed = worker.seal(raw, &mut set, &order).expect("a batch");
         let name = level.map_or("pack, seal (none)".to_owned(), |level| format!("pack, zstd {level}, seal"));

@@ -56,7 +56,9 @@ pub use error::{Error, Result};
 pub use hash::{Hasher, is_zero};
 pub use level::LevelControl;
 pub use look::looks_random;
-pub use machine::{DurableBatch, Entropy, Outgoing, Phase, StreamEvent, StreamStatus, Streamer, StreamerConfig};
+pub use machine::{
+    DurableBatch, Entropy, Outgoing, Phase, StreamEvent, StreamLog, StreamStatus, Streamer, StreamerConfig,
+};
 pub use pack::{FramePlan, PackPlan, Packer};
 pub use seal::{Level, SealedBatch, Sealer, SegmentPool};
 pub use source::{CUT_APP_CONSISTENT, Fill, RingEntry, RingSource, StreamFlags, StreamState, VOLUMES_MAX, VolumeSet};

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use farshore_proto::batch::{Annotations, BatchBuilder, BatchPlace, CutFlags};
 use farshore_proto::keys::HostKey;
-use farshore_proto::{ChainHash, Error as ProtoError, GroupId, Result as ProtoResult};
+use farshore_proto::{ChainHash, Error as ProtoError, GroupId, LogMark, Result as ProtoResult};
 
 use crate::coalesce::{Coalescer, Granularity, RecordSet};
 use crate::dedup::LeaseSet;
@@ -72,6 +72,8 @@ pub struct SealOrder {
     pub session: u64,
     /// How hard to compress.
     pub level: Level,
+    /// Where the source's activity log is.
+    pub log: Option<LogMark>,
 }
 
 /// A piece of work, done. Carries the memory back.
@@ -183,6 +185,7 @@ impl Worker {
             salt: self.host_key.salt(&order.fresh, place.incarnation, place.number.0, &order.chain),
             host_key: &self.host_key,
             raw_bytes: raw.written_bytes,
+            log: order.log,
         };
         self.sealer.seal(&builder, &order.annotations, raw, set, &self.plan, order.level)
     }

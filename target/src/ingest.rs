@@ -19,7 +19,7 @@ use farshore_proto::keys::HostKey;
 use farshore_proto::message::{Answer, Answers, RefuseCode, Tail, Welcome};
 use farshore_proto::record::{Home, Kind, Record};
 use farshore_proto::session::{ChainCheck, Verdict};
-use farshore_proto::{BatchNo, ChainHash, Generation, Incarnation, VolumeIndex, WallTime};
+use farshore_proto::{BatchNo, ChainHash, Generation, Incarnation, LogMark, VolumeIndex, WallTime};
 use farshore_uring::{AlignedBuf, Storage};
 
 use crate::alarm::AlarmCode;
@@ -199,7 +199,12 @@ impl<S: Storage> Ingest<S> {
             ..tail
         });
         let joined = self.state.joined.clone();
-        Ok(Welcome { generation: ours, tail, empty, joined, event_open: self.state.event_open })
+        Ok(Welcome { generation: ours, tail, empty, joined, event_open: self.state.event_open, log: self.heard_log() })
+    }
+
+    /// Nothing, where batches were lost: what the source heard of may be among them.
+    fn heard_log(&self) -> Option<LogMark> {
+        self.state.log.0.filter(|_| self.start_over.is_none())
     }
 
     fn last_number(&self) -> BatchNo {

@@ -29,7 +29,7 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::group::{IndexEntry, SealedRun, StreamId};
 use crate::index;
 use crate::keys::StreamKeys;
-use crate::points::{Point, StreamState};
+use crate::points::{HeardLog, Point, StreamState};
 use crate::scan::{EntryFault, Scan, StoredEntry};
 use crate::segment::{
     self, ALIGN, ENTRY_HEADER_BYTES, Entry, Form, Owner, POINT_ROW_BYTES, Part, PlacedPoint, Reference, SEGMENT_BYTES,
@@ -781,6 +781,8 @@ impl<'a, S: Storage> Walk<'a, S> {
             end,
         });
         self.state.generation = entry.point.generation;
+        // Its batch's header cannot be read.
+        self.state.log = HeardLog::default();
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use farshore_proto::batch::{BatchHeader, VolumeDecl};
 use farshore_proto::message::Tail;
 use farshore_proto::record::{Kind, Mark, Record};
-use farshore_proto::{BatchNo, ChainHash, Generation, Name, PointId, Position, VolumeIndex, WallTime};
+use farshore_proto::{BatchNo, ChainHash, Generation, LogMark, Name, PointId, Position, VolumeIndex, WallTime};
 
 /// The state at one cut.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -53,7 +53,28 @@ pub struct StreamState {
     pub journaled: Vec<VolumeIndex>,
     /// The volumes as the source declared them last.
     pub volumes: Vec<VolumeDecl>,
+    /// Where the source's activity log was by the last batch.
+    pub log: HeardLog,
 }
+
+/// Where a source's activity log was by a batch's header. Not among what segments keep of a stream's state: it is read from the headers
+/// of what is journaled in the newest segment. Where that holds no batch yet, nothing is known, and a source that asks compares everything.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct HeardLog(pub Option<LogMark>);
+
+impl bincode::Encode for HeardLog {
+    fn encode<E: bincode::enc::Encoder>(&self, _: &mut E) -> Result<(), bincode::error::EncodeError> {
+        Ok(())
+    }
+}
+
+impl<C> bincode::Decode<C> for HeardLog {
+    fn decode<D: bincode::de::Decoder<Context = C>>(_: &mut D) -> Result<Self, bincode::error::DecodeError> {
+        Ok(Self::default())
+    }
+}
+
+bincode::impl_borrow_decode!(HeardLog);
 
 impl StreamState {
     /// Applies the records of a batch that change what points are.
@@ -82,6 +103,7 @@ impl StreamState {
         self.generation = place.generation;
         self.time = self.time.max(place.time);
         self.received = self.received.max(received);
+        self.log = HeardLog(header.log());
         self.tail =
             Some(Tail { incarnation: place.incarnation, number: place.number, chain: header.chain(), end: place.end });
         Point {

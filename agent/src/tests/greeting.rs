@@ -13,7 +13,8 @@ use crate::hooks::Hooks;
 
 fn welcome(joined: &[u16]) -> StreamEvent {
     let joined = joined.iter().copied().map(VolumeIndex).collect();
-    let welcome = Welcome { generation: Generation(1), tail: None, empty: Vec::new(), joined, event_open: false };
+    let welcome =
+        Welcome { generation: Generation(1), tail: None, empty: Vec::new(), joined, event_open: false, log: None };
     StreamEvent::Greeted(welcome)
 }
 

@@ -103,6 +103,7 @@ impl Stream {
             salt,
             host_key: &self.host_key,
             raw_bytes: records * len as u64,
+            log: None,
         };
         let mut bytes = Vec::new();
         builder

@@ -1,6 +1,8 @@
+use std::sync::Arc;
+
 use farshore_proto::batch::VolumeDecl;
 use farshore_proto::session::SourceConfig;
-use farshore_proto::{BatchNo, ChainHash, Generation, Incarnation};
+use farshore_proto::{BatchNo, ChainHash, Generation, Incarnation, LogMark};
 
 use crate::coalesce::Granularity;
 use crate::seal::Level;
@@ -39,6 +41,18 @@ pub struct StreamerConfig {
     pub window_bytes: u64,
     /// Bandwidth limit, bytes per second. Default: none.
     pub rate: Option<u64>,
+    /// The host's activity log, if it has one.
+    pub log: Option<StreamLog>,
+}
+
+/// What a stream has to do with the host's activity log.
+#[derive(Clone)]
+pub struct StreamLog {
+    /// Where its earlier lives ended, if everything that was unknown after the last one is marked as missing by what the log says: a
+    /// target that has heard of no later mark holds nothing that this host does not know of.
+    pub lives: Vec<LogMark>,
+    /// Where it is now.
+    pub now: Arc<dyn Fn() -> LogMark + Send + Sync>,
 }
 
 impl StreamerConfig {
@@ -63,6 +77,7 @@ impl StreamerConfig {
             window_batches: 16,
             window_bytes: 64 << 20,
             rate: None,
+            log: None,
         }
     }
 

@@ -132,6 +132,7 @@ impl<S: RingSource> Streamer<S> {
             lease: self.lease.clone(),
             session: self.greeting,
             level,
+            log: self.config.log.as_ref().and_then(|log| (log.now)().known()),
         };
         let id = WorkId { epoch: self.epoch, number: slot.number.0 };
         Some(Work::Seal { id, raw, set, order: Box::new(order) })

@@ -24,7 +24,7 @@ use crate::level::LevelControl;
 use crate::source::{RingSource, StreamState};
 use crate::{Error, Result, SealedBatch};
 
-pub use self::config::{Entropy, StreamerConfig};
+pub use self::config::{Entropy, StreamLog, StreamerConfig};
 use self::meter::Meter;
 pub use self::status::{Phase, StreamStatus};
 use self::window::Slot;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use farshore_proto::message::{RefuseCode, Tail, Welcome};
 use farshore_proto::session::{Resume, SourceTail, resume};
-use farshore_proto::{BatchNo, ChainHash, Incarnation, Now};
+use farshore_proto::{BatchNo, ChainHash, Incarnation, LogMark, Now};
 
 use crate::source::{RingSource, StreamFlags, StreamState};
 use crate::{Error, Result, VolumeSet};
@@ -92,13 +92,19 @@ impl<S: RingSource> Streamer<S> {
         match resume(&own, tail.as_ref()) {
             Resume::Continue => self.go_live(),
             Resume::CatchUp { number, chain } => self.begin_catch_up(now, tail.as_ref(), number, chain),
-            Resume::Append { number, chain, proved } if proved || self.state.compared => {
+            Resume::Append { number, chain, proved }
+                if proved || self.state.compared || self.is_in_log(welcome.log) =>
+            {
                 self.append(&welcome, number, chain);
             }
             Resume::Append { number, .. } => {
                 self.mode = Mode::Comparing;
+                let log = match (&self.config.log, welcome.log) {
+                    (Some(log), Some(_)) if !log.lives.is_empty() => "its activity log does not know of them either",
+                    _ => "no activity log tells",
+                };
                 let reason = format!(
-                    "the target holds batches up to {number}, this host knows of {}; what lies between them is unknown",
+                    "the target holds batches up to {number}, this host knows of {}; what lies between them is unknown, and {log}",
                     self.state.number
                 );
                 self.events.push_back(StreamEvent::CompareEverything { reason });
@@ -112,6 +118,13 @@ impl<S: RingSource> Streamer<S> {
     fn is_unsent(&self, tail: Option<&Tail>) -> bool {
         let behind = tail.is_some_and(|tail| tail.number == self.state.number && tail.chain == self.state.chain);
         !self.state.sent || (!self.state.acknowledged && behind)
+    }
+
+    /// What the target holds beyond what this host remembers, the activity log remembers (I10: the target says so itself, under its
+    /// MAC).
+    fn is_in_log(&self, mark: Option<LogMark>) -> bool {
+        let lives = self.config.log.as_ref().map_or(&[][..], |log| &log.lives);
+        mark.is_some_and(|mark| mark.is_in(lives))
     }
 
     fn go_live(&mut self) {

@@ -1,15 +1,18 @@
 //! The machine against a naive target, with breaks, lost acknowledgements and kills at random points.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 
 use farshore_proto::batch::VolumeDecl;
 use farshore_proto::record::Kind;
 use farshore_proto::session::{ChainCheck, SourceConfig};
-use farshore_proto::{BatchNo, ChainHash, Generation, GroupId, Incarnation, Now, SECTOR_BYTES, VolumeIndex, WallTime};
+use farshore_proto::{
+    BatchNo, ChainHash, Generation, GroupId, Incarnation, LogMark, Now, SECTOR_BYTES, VolumeIndex, WallTime,
+};
 use farshore_streamer::{
-    Done, DurableBatch, Phase, RingSource, SegmentPool, StreamEvent, Streamer, StreamerConfig, TokenBucket, VolumeSet,
-    Work, Worker,
+    Done, DurableBatch, Phase, RingSource, SegmentPool, StreamEvent, StreamLog, Streamer, StreamerConfig, TokenBucket,
+    VolumeSet, Work, Worker,
 };
 
 use crate::common::{Cell, Image, Rng, Said, SharedRing, VAULT, host_key, name};
@@ -61,6 +64,10 @@ struct World {
 
 impl World {
     fn new(seed: u64) -> Self {
+        Self::with(seed, config(1))
+    }
+
+    fn with(seed: u64, config: StreamerConfig) -> Self {
         let ring = SharedRing::new(1);
         let mut world = Self {
             rng: Rng(seed),
@@ -84,7 +91,7 @@ impl World {
             time: 0,
             ring,
         };
-        world.open(config(1));
+        world.open(config);
         world
     }
 
@@ -500,11 +507,25 @@ fn an_empty_target_and_a_foreign_tail_start_over() {
     }
 }
 
-/// Goal: a new ring goes on behind its predecessor's tail without a compare only if that tail is the last batch known.
+/// Goal: a new ring goes on behind its predecessor's tail without a compare only if that tail is the last batch known, or all that the target
+/// holds is in the host's activity log. Method: the log of the life that shipped it, of one more transaction, of one less (a disk that was put
+/// back), of another life, and none.
 #[test]
 fn a_new_ring_appends_with_proof_or_compares() {
-    for proved in [true, false] {
-        let mut world = World::new(5);
+    const SHIPPED: LogMark = LogMark { session: 9, number: 40 };
+    let log = |lives: Vec<LogMark>, now: LogMark| Some(StreamLog { lives, now: Arc::new(move || now) });
+    let mark = |session, number| LogMark { session, number };
+    let cases = [
+        (true, None, true),
+        (false, None, false),
+        (false, Some(vec![SHIPPED]), true),
+        (false, Some(vec![mark(8, 90), mark(9, 41)]), true),
+        (false, Some(vec![mark(9, 39)]), false),
+        (false, Some(vec![mark(8, 90)]), false),
+        (false, Some(vec![]), false),
+    ];
+    for (same, lives, proved) in cases {
+        let mut world = World::with(5, StreamerConfig { log: log(vec![], SHIPPED), ..config(1) });
         world.connect();
         world.join_volumes();
         for _ in 0..300 {
@@ -523,7 +544,8 @@ fn a_new_ring_appends_with_proof_or_compares() {
         world.incarnation = 2;
         let mut config = config(2);
         config.joined = [VolumeIndex(0), VolumeIndex(1)].into_iter().collect::<VolumeSet>();
-        config.last = (state.number, if proved { state.chain } else { ChainHash([1; 32]) });
+        config.last = (state.number, if same { state.chain } else { ChainHash([1; 32]) });
+        config.log = lives.and_then(|lives| log(lives, mark(10, 50)));
         world.open(config);
         world.connect();
         for _ in 0..20 {
@@ -548,6 +570,9 @@ fn a_new_ring_appends_with_proof_or_compares() {
         assert_eq!(world.started_over(), 0);
         let number = world.journal.batches.iter().find(|batch| batch.place().incarnation.0 == 2).expect("appended");
         assert_eq!(number.place().number, state.number.next());
+        assert!(
+            world.journal.batches.iter().filter(|it| it.place().incarnation.0 == 1).all(|it| it.log() == Some(SHIPPED))
+        );
     }
 }
 

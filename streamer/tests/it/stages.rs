@@ -75,6 +75,7 @@ fn form(
         lease,
         session: 1,
         level,
+        log: None,
     };
     let sealed = worker.seal(raw, &mut set, &order).expect("a batch");
     let bytes: Vec<u8> = sealed.pieces.concat();

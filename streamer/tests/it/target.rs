@@ -81,6 +81,7 @@ impl Target {
                 empty,
                 joined: journal.joined.iter().copied().collect(),
                 event_open: journal.event_open,
+                log: journal.batches.last().and_then(BatchHeader::log),
             });
         }
         self.drain();

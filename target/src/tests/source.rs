@@ -243,6 +243,7 @@ impl Source {
             salt,
             host_key: &self.key,
             raw_bytes: 1,
+            log: None,
         };
         let volumes = if std::mem::take(&mut self.unsaid) { self.volumes.clone() } else { Vec::new() };
         let annotations = Annotations { bookmark: bookmark.map(name), volumes };

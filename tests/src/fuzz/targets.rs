@@ -78,6 +78,7 @@ fn sealed(records: &[Record], annotations: &Annotations, data: &[u8], frames: u3
         salt: SALT,
         host_key: &key,
         raw_bytes: 4096,
+        log: None,
     };
     let mut out = Vec::new();
     builder.finish(records, annotations, frames, data.len() as u64, None, &mut out).expect("within the limits");
