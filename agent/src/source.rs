@@ -39,6 +39,10 @@ impl BackingFile for Absent {
     fn extents(&self, _offset: u64, _len: u64) -> std::result::Result<Vec<Extent>, Errno> {
         Ok(Vec::new())
     }
+
+    fn flusher(&self) -> Box<dyn Fn() -> std::io::Result<()> + Send + Sync> {
+        Box::new(|| Err(std::io::ErrorKind::NotFound.into()))
+    }
 }
 
 /// A source that passed all checks.

@@ -57,6 +57,8 @@ counters! {
     missed,
     /// Failed requests of any kind.
     errors,
+    /// Requests that had to wait for the activity log.
+    activity_waits,
     /// Requests that had to wait for an overlapping one.
     lock_waits,
     /// Write buffers for which no cell was free.

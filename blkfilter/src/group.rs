@@ -9,6 +9,7 @@ use farshore_proto::{Position, VolumeIndex, WallTime};
 use farshore_ring::{Consumer, Desc, Dormant, Producer, ReopenError, Reservation, Ring, Which};
 use farshore_uring::{Errno, Geometry};
 
+use crate::activity::{Flush, GroupActivity, VolumeParts};
 use crate::alarm::{Alarm, AlarmEvent, Alarms};
 use crate::counters::Counters;
 use crate::volume::Mode;
@@ -30,6 +31,8 @@ pub struct CaptureConfig {
     /// A closed ring opens again when less than this part of it is in use: 1/`reopen_part`. Default 4. Opening earlier closes
     /// sooner again.
     pub reopen_part: u64,
+    /// The host's activity log; without one, everything is compared after the host went down.
+    pub activity: Option<GroupActivity>,
 }
 
 impl Default for CaptureConfig {
@@ -39,6 +42,7 @@ impl Default for CaptureConfig {
             cut_max: Duration::from_secs(1),
             stall_max: Duration::from_millis(50),
             reopen_part: 4,
+            activity: None,
         }
     }
 }
@@ -69,6 +73,8 @@ pub struct CaptureGroup {
     wake_consumer: OnceLock<Box<dyn Fn() + Send + Sync>>,
     wake_sync: OnceLock<Box<dyn Fn() + Send + Sync>>,
     record_join: OnceLock<JoinRecorder>,
+    /// Positions below are durable at the target.
+    durable: Arc<AtomicU64>,
 }
 
 type JoinRecorder = Box<dyn Fn(VolumeIndex) -> bool + Send + Sync>;
@@ -108,6 +114,7 @@ impl CaptureGroup {
             wake_consumer: OnceLock::new(),
             wake_sync: OnceLock::new(),
             record_join: OnceLock::new(),
+            durable: Arc::new(AtomicU64::new(ring.freed())),
             ring,
         };
         group.alarms.set_closed(group.ring.is_closed());
@@ -142,7 +149,7 @@ impl CaptureGroup {
         spec: VolumeSpec,
         file: F,
     ) -> Result<Arc<FilterVolume<F>>, Error> {
-        let volume = self.insert(spec, file.geometry())?;
+        let volume = self.insert(spec, file.geometry(), file.flusher())?;
         if volume.missing.next_set(0).is_some() {
             self.ensure_event(&volume);
         }
@@ -151,11 +158,22 @@ impl CaptureGroup {
     }
 
     /// Puts it in the place of whoever has its number.
-    fn insert(&self, spec: VolumeSpec, geometry: Geometry) -> Result<Arc<Volume>, Error> {
+    fn insert(&self, spec: VolumeSpec, geometry: Geometry, flush: Flush) -> Result<Arc<Volume>, Error> {
         let index = spec.index.0;
         let failed = |source| Error::Ring { name: spec.name.to_string(), source };
         self.ring.add_volume(index, spec.id, geometry.size).map_err(failed)?;
         let bitmap = |which| self.ring.bitmap(index, which).expect("added just now");
+        let activity = self.config.activity.as_ref().map(|activity| {
+            activity.open(VolumeParts {
+                index: spec.index,
+                size: geometry.size,
+                ring: Arc::clone(&self.ring),
+                durable: Arc::clone(&self.durable),
+                missing: bitmap(Which::Missing),
+                in_flight: bitmap(Which::InFlight),
+                flush,
+            })
+        });
         let volume = Arc::new(Volume {
             index: spec.index,
             name: spec.name,
@@ -167,6 +185,7 @@ impl CaptureGroup {
             joined: AtomicBool::new(spec.joined),
             announced: AtomicBool::new(false),
             counters: crate::counters::VolumeCounters::default(),
+            activity,
         });
         // What was under way with the last process is not known to have arrived.
         volume.in_flight.move_all_to(&volume.missing);
@@ -196,6 +215,9 @@ impl CaptureGroup {
             }
         }
         self.say_left(index);
+        if let Some(activity) = &self.config.activity {
+            activity.close(index);
+        }
         self.ring.remove_volume(index.0).map_err(|_| Error::NoVolume(index.0))
     }
 
@@ -277,6 +299,26 @@ impl CaptureGroup {
 
     pub(crate) fn raise(&self, alarm: Alarm) {
         self.alarms.raise(alarm);
+    }
+
+    /// All ring positions below `position` are durable at the target.
+    pub fn note_durable(&self, position: Position) {
+        self.durable.fetch_max(position.0, Ordering::AcqRel);
+    }
+
+    /// What is missing of the volume is marked: the activity log is to cover it, and may let extents of it leave from now on. Gives what
+    /// [`crate::activity::ActivityLog::answered`] is when it does; none: no log, or no such volume. After each [`Self::add_volume`],
+    /// before its front end is opened.
+    #[must_use]
+    pub fn settle(&self, index: VolumeIndex) -> Option<u64> {
+        Some(self.volume(index)?.activity.as_ref()?.settle())
+    }
+
+    /// Has the activity log cover what the range (bytes) holds already.
+    pub fn cover(&self, volume: &Volume, offset: u64, len: u64) {
+        if let Some(activity) = &volume.activity {
+            activity.cover(&(offset..offset + len));
+        }
     }
 
     // What is missing.
@@ -644,6 +686,10 @@ mod tests {
 
         fn extents(&self, _offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
             Ok(vec![Extent { len, hole: false, zero: false }])
+        }
+
+        fn flusher(&self) -> Box<dyn Fn() -> io::Result<()> + Send + Sync> {
+            Box::new(|| Ok(()))
         }
     }
 

@@ -25,6 +25,7 @@
 //! Absences: no clock (time is an argument), no thread, no socket, no payload in logs.
 #![forbid(unsafe_code)]
 
+pub mod activity;
 mod alarm;
 mod counters;
 mod cutter;

@@ -11,6 +11,7 @@ use farshore_uring::{
     BlockQueue, BufPool, Completion, Done, Errno, FileSlot, Geometry, Io, Op, Purpose, Request, Token, Waker,
 };
 
+use crate::activity::VolumeActivity;
 use crate::alarm::Alarm;
 use crate::counters::{QueueCounters, add};
 use crate::range_lock::Owner;
@@ -25,7 +26,7 @@ const OPS_START: usize = 128;
 
 /// One thread's part of a [`crate::FilterVolume`]: a machine without I/O of its own (see [`BlockQueue`] for the call order).
 ///
-/// A changing request goes: line (if 1024 are under way) → range lock → marks → backing device → ticket or mark → unlock →
+/// A changing request goes: line (if 1024 are under way) → range lock → activity log → marks → backing device → ticket or mark → unlock →
 /// done. Reads and flushes go straight through.
 ///
 /// It must be idle when it is dropped, or dropped after its [`Io`] (whose drop waits for what is in flight): a write that is still
@@ -53,6 +54,18 @@ struct Capture {
     counters: Arc<QueueCounters>,
     /// Something was published, or the ring closed, since the consumer was last looked at.
     published: bool,
+    activity: Option<Activity>,
+}
+
+/// A queue's way to the activity log.
+struct Activity {
+    volume: Arc<VolumeActivity>,
+    /// Its name there.
+    queue: u64,
+    /// Changes that have their range and wait for extents to become active; bounded by the places.
+    parked: Vec<u16>,
+    /// Flushes under way: tag and number.
+    flushes: Vec<(u32, u64)>,
 }
 
 /// A request that changes content.
@@ -96,7 +109,7 @@ impl FilterQueue {
         let capture = match mode {
             Mode::Plain => None,
             Mode::Captured(group, volume) => {
-                let owner = volume.lock.owner(OPS_MAX, waker).ok_or_else(|| {
+                let owner = volume.lock.owner(OPS_MAX, waker.clone()).ok_or_else(|| {
                     io::Error::new(io::ErrorKind::OutOfMemory, format!("volume {} has too many queues", volume.name))
                 })?;
                 Some(Capture {
@@ -106,6 +119,12 @@ impl FilterQueue {
                     owner,
                     counters: volume.counters.open(),
                     published: false,
+                    activity: volume.activity.as_ref().map(|of| Activity {
+                        volume: Arc::clone(of),
+                        queue: of.join_queue(waker),
+                        parked: Vec::with_capacity(OPS_START),
+                        flushes: Vec::new(),
+                    }),
                 })
             }
         };
@@ -167,8 +186,37 @@ impl FilterQueue {
         }
     }
 
-    /// A change has its range: marks what has to be marked before, and submits.
+    /// A change has its range: on to the activity log.
     fn start<I: Io<Buf>>(&mut self, io: &mut I, op: u16) {
+        if let Some(Capture { activity: Some(activity), counters, .. }) = &mut self.capture {
+            let range = self.ops[usize::from(op)].as_ref().expect("admitted").range();
+            if !activity.volume.enter(&range) {
+                add(&counters.activity_waits, 1);
+                activity.parked.push(op);
+                return;
+            }
+        }
+        self.go(io, op);
+    }
+
+    /// Starts what waited for extents that are active now.
+    fn unpark<I: Io<Buf>>(&mut self, io: &mut I) {
+        let mut at = 0;
+        while let Some(Capture { activity: Some(activity), .. }) = &mut self.capture
+            && let Some(op) = activity.parked.get(at).copied()
+        {
+            let range = self.ops[usize::from(op)].as_ref().expect("parked in its place").range();
+            if activity.volume.may_go(&range) {
+                activity.parked.remove(at);
+                self.go(io, op);
+            } else {
+                at += 1;
+            }
+        }
+    }
+
+    /// A change may begin: marks what has to be marked before, and submits.
+    fn go<I: Io<Buf>>(&mut self, io: &mut I, op: u16) {
         let (file, best) = (self.file, self.best);
         let change = self.ops[usize::from(op)].as_mut().expect("admitted");
         let (offset, len) = (change.offset, change.len);
@@ -233,11 +281,17 @@ impl FilterQueue {
                 length: change.len,
                 ..Desc::default()
             };
-            match result {
+            let position = match result {
                 Ok(()) => capture.after(reservation, &desc),
-                Err(errno) => capture.failed(reservation, &desc, errno),
-            }
+                Err(errno) => {
+                    capture.failed(reservation, &desc, errno);
+                    None
+                }
+            };
             // Only now: ticket or mark is there.
+            if let Some(activity) = &capture.activity {
+                activity.volume.leave(&change.range(), position);
+            }
             capture.owner.unlock(op, change.range());
         }
         let change = self.ops[usize::from(op)].take().expect("in flight");
@@ -289,8 +343,8 @@ impl Capture {
         }
     }
 
-    /// Under the range lock, after the backing device has the bytes: ticket, or mark.
-    fn after(&mut self, reservation: Option<Reservation>, desc: &Desc) {
+    /// Under the range lock, after the backing device has the bytes: ticket (its position), or mark.
+    fn after(&mut self, reservation: Option<Reservation>, desc: &Desc) -> Option<u64> {
         let counters = &self.counters;
         if desc.kind == Kind::Write as u8 {
             add(&counters.writes, 1);
@@ -301,10 +355,10 @@ impl Capture {
         }
         self.published = true;
         let refused = match reservation.map(|reservation| self.producer.publish(reservation, desc)) {
-            Some(Ok(_ticket)) => {
+            Some(Ok(position)) => {
                 add(&counters.captured, 1);
                 add(&counters.captured_bytes, u64::from(desc.len));
-                return;
+                return Some(position);
             }
             Some(Err(closed)) => closed.reservation,
             None => None,
@@ -313,6 +367,7 @@ impl Capture {
         self.group.mark_missing(&self.volume, desc.offset, desc.length);
         // After the mark: until it is given back, the reservation notes the range in shared memory.
         drop(refused);
+        None
     }
 
     /// Under the range lock: the backing device failed, so the content of the range is anybody's guess.
@@ -347,7 +402,12 @@ impl BlockQueue for FilterQueue {
         match request {
             Request::Read { offset, len, buf } => io.submit(token(READ), Op::Read { file, offset, buf, len }),
             Request::Flush if self.read_only => self.end(tag, Ok(()), None),
-            Request::Flush => io.submit(token(FLUSH), Op::Sync { file }),
+            Request::Flush => {
+                if let Some(Capture { activity: Some(activity), .. }) = &mut self.capture {
+                    activity.flushes.push((tag, activity.volume.begin_flush()));
+                }
+                io.submit(token(FLUSH), Op::Sync { file });
+            }
             Request::Write { offset, len, buf, fua } => {
                 self.change(io, tag, offset, u64::from(len), Work::Write { buf, fua });
             }
@@ -372,12 +432,22 @@ impl BlockQueue for FilterQueue {
             return self.changed(io, op, result, buf);
         }
         let kind = value & KIND;
+        if kind == FLUSH
+            && let Some(Capture { activity: Some(activity), .. }) = &mut self.capture
+            && let Some(at) = activity.flushes.iter().position(|(tag, _)| *tag == low)
+        {
+            let (_, number) = activity.flushes.swap_remove(at);
+            if result.is_ok() {
+                activity.volume.end_flush(number);
+            }
+        }
         self.count(kind, result.as_ref().map_or(0, |bytes| u64::from(*bytes)), result.is_err());
         let result = result.map(|_| ()).map_err(|error| errno(&error));
         self.end(low, result, if kind == READ { buf } else { None });
     }
 
     fn handle_wake<I: Io<Buf>>(&mut self, io: &mut I) {
+        self.unpark(io);
         self.go_on(io);
     }
 
@@ -407,12 +477,20 @@ impl Drop for FilterQueue {
         let mut lost = 0;
         for (op, change) in (0_u16..).zip(&mut self.ops) {
             let Some(change) = change.take() else { continue };
-            if !matches!(change.stage, Stage::Waiting(_)) {
+            let begun = !matches!(change.stage, Stage::Waiting(_));
+            if begun {
                 // Its end will never be heard of here.
                 capture.group.mark_missing(&capture.volume, change.offset, change.len);
                 lost += 1;
             }
+            // One that waits for its range has not entered.
+            if let Some(activity) = capture.activity.as_ref().filter(|it| begun || it.parked.contains(&op)) {
+                activity.volume.leave(&change.range(), None);
+            }
             capture.owner.unlock(op, change.range());
+        }
+        if let Some(activity) = &capture.activity {
+            activity.volume.leave_queue(activity.queue);
         }
         capture.volume.counters.close(&capture.counters);
         if lost > 0 {

@@ -8,6 +8,7 @@ use farshore_proto::{Name, SLOT_BYTES, VolumeIndex};
 use farshore_ring::Bitmap;
 use farshore_uring::{AlignedBuf, Backing, BlockDevice, Errno, Extent, FileDevice, FileSlot, Geometry, Io};
 
+use crate::activity::VolumeActivity;
 use crate::counters::{Counters, VolumeCounters};
 use crate::range_lock::RangeLock;
 use crate::touched::Touched;
@@ -29,6 +30,10 @@ pub trait BackingFile: Send + Sync + 'static {
     /// # Errors
     /// The device's error number.
     fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno>;
+
+    /// What makes stable all that was written before it is called; may block. It must not keep the device open: where that is closed it
+    /// is an error.
+    fn flusher(&self) -> Box<dyn Fn() -> io::Result<()> + Send + Sync>;
 }
 
 impl BackingFile for FileDevice {
@@ -42,6 +47,11 @@ impl BackingFile for FileDevice {
 
     fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, Errno> {
         BlockDevice::extents(self, offset, len)
+    }
+
+    fn flusher(&self) -> Box<dyn Fn() -> io::Result<()> + Send + Sync> {
+        let file = Arc::downgrade(&self.backing().file);
+        Box::new(move || file.upgrade().ok_or(io::ErrorKind::NotConnected)?.sync_data())
     }
 }
 
@@ -94,6 +104,8 @@ pub struct Volume {
     /// That it has joined was said in this stream by this process.
     pub(crate) announced: AtomicBool,
     pub(crate) counters: VolumeCounters,
+    /// Its part of the activity log, where there is one.
+    pub(crate) activity: Option<Arc<VolumeActivity>>,
 }
 
 impl Volume {

@@ -43,6 +43,11 @@ impl BackingFile for HoleyDisk {
         };
         Ok(zero.chunk_by(|a, b| a == b).map(extent).collect())
     }
+
+    fn flusher(&self) -> Box<dyn Fn() -> io::Result<()> + Send + Sync> {
+        let disk = self.0.clone();
+        Box::new(move || disk.flush())
+    }
 }
 
 struct Pending {
@@ -99,7 +104,7 @@ impl Host {
             RingConfig { slab_bytes: (2 + rng.below(4)) << 20, descriptors: Some(512), ..RingConfig::new(identity) };
         let ring = Arc::new(Ring::create_in_memory(&Memory::new(), &config).expect("a ring"));
         let ms = std::time::Duration::from_millis;
-        let config = CaptureConfig { cut_min: ms(8), cut_max: ms(60), stall_max: ms(50), reopen_part: 4 };
+        let config = CaptureConfig { cut_min: ms(8), cut_max: ms(60), stall_max: ms(50), ..CaptureConfig::default() };
         let group = CaptureGroup::new(Arc::clone(&ring), config);
         let sync = SyncConfig { window: 4, ..SyncConfig::default() };
         let mut host = Self {

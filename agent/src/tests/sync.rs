@@ -52,6 +52,10 @@ impl BackingFile for Faulty {
         assert!(left.is_err(), "a bug that was put here");
         Ok(vec![Extent { len, hole: true, zero: true }])
     }
+
+    fn flusher(&self) -> Box<dyn Fn() -> io::Result<()> + Send + Sync> {
+        Box::new(|| Ok(()))
+    }
 }
 
 fn protect(group: &Arc<CaptureGroup>, index: u16, panics: u32, closed: bool) -> Arc<FilterVolume<Faulty>> {

@@ -30,7 +30,7 @@ impl CaptureGroup {
         if self.ring.volumes().iter().any(|known| known.volume == index.0) {
             self.ring.remove_volume(index.0).map_err(|_| Error::NoVolume(index.0))?;
         }
-        let volume = self.insert(VolumeSpec { content: Content::Unknown, ..spec }, file.geometry())?;
+        let volume = self.insert(VolumeSpec { content: Content::Unknown, ..spec }, file.geometry(), file.flusher())?;
         drop(events);
         self.poke_sync();
         Ok(Arc::new(FilterVolume::new(file, Mode::Captured(Arc::clone(self), volume))))

@@ -1,5 +1,6 @@
 //! The filter under simulation: see `rig.rs` for the machine and `oracle.rs` for what must hold.
 
+mod activity;
 mod locks;
 mod oracle;
 mod random;

@@ -44,6 +44,11 @@ impl BackingFile for HoleyDisk {
         };
         Ok(zero.chunk_by(|a, b| a == b).map(extent).collect())
     }
+
+    fn flusher(&self) -> Box<dyn Fn() -> io::Result<()> + Send + Sync> {
+        let disk = self.0.clone();
+        Box::new(move || disk.flush())
+    }
 }
 
 /// What a guest has asked for and waits for.
@@ -71,6 +76,8 @@ pub(crate) struct Config {
     pub(crate) descriptors: u64,
     /// Sectors that half of the requests begin in: few make many overlaps. The others begin anywhere.
     pub(crate) hot_sectors: u64,
+    /// Chance in a hundred that a flush is one, and not a write.
+    pub(crate) flushes: u64,
     pub(crate) sync: SyncConfig,
     pub(crate) capture: CaptureConfig,
 }
@@ -85,8 +92,9 @@ impl Default for Config {
             slab_mib: 2,
             descriptors: 512,
             hot_sectors: 200,
+            flushes: 100,
             sync: SyncConfig { window: 4, ..SyncConfig::default() },
-            capture: CaptureConfig { cut_min: ms(8), cut_max: ms(60), stall_max: ms(50), reopen_part: 4 },
+            capture: CaptureConfig { cut_min: ms(8), cut_max: ms(60), stall_max: ms(50), ..CaptureConfig::default() },
         }
     }
 }
@@ -134,7 +142,7 @@ fn volume_size(slots: u64) -> u64 {
     (slots - 1) * SLOT_BYTES + 7 * SECTOR as u64
 }
 
-fn spec(index: u16, content: Content, joined: bool) -> VolumeSpec {
+pub(crate) fn spec(index: u16, content: Content, joined: bool) -> VolumeSpec {
     let name = Name::new(format!("v{index}")).expect("a good name");
     VolumeSpec { index: VolumeIndex(index), name, id: [u8::try_from(index).expect("few"); 16], content, joined }
 }
@@ -253,7 +261,12 @@ impl Rig {
                 stamp(&mut buf[..usize::try_from(len).expect("short")], id.expect("made above"));
                 Request::Write { offset, len: short, buf, fua }
             }
-            What::Zeroes { no_hole } => Request::WriteZeroes { offset, len, fua: len.is_multiple_of(1024), no_hole },
+            What::Zeroes { no_hole } => Request::WriteZeroes {
+                offset,
+                len,
+                fua: len.is_multiple_of(1024) && self.config.flushes == 100,
+                no_hole,
+            },
             What::Discard => Request::Discard { offset, len },
             What::Read => Request::Read { offset, len: short, buf: guest.queue.buffer(Purpose::Read, short) },
             What::Flush => Request::Flush,
@@ -267,7 +280,11 @@ impl Rig {
         let hot = self.rng.chance(1, 2);
         let start = self.rng.below(if hot { self.config.hot_sectors.min(sectors) } else { sectors });
         let most = sectors - start;
-        let (what, len) = match self.rng.below(20) {
+        let kind = self.rng.below(20);
+        let stable =
+            matches!(kind, 0 | 5 | 6) && (self.config.flushes == 100 || self.rng.chance(self.config.flushes, 100));
+        let (what, len) = match kind {
+            0 | 5 | 6 if !stable => (What::Write { fua: false }, 1 + self.rng.below(most.min(128))),
             0 => (What::Flush, 0),
             1 | 2 => (What::Read, 1 + self.rng.below(most.min(64))),
             3 => (What::Discard, 1 + self.rng.below(most.min(600))),
@@ -373,6 +390,7 @@ impl Rig {
         if below > self.consumer.freed() {
             self.consumer.free_to(below);
         }
+        self.group.note_durable(Position(below));
         self.syncer.handle_durable(Position(below));
         self.reopen();
     }
@@ -516,6 +534,53 @@ impl Rig {
             assert_eq!(guest.queue.changes_in_flight(), 0);
         }
         assert_eq!(self.replica.joined.len(), self.filters.len(), "all volumes have joined");
+    }
+
+    /// The host goes down: its memory is gone, and what its disks had not made stable is anybody's guess. What is on the wire may still
+    /// arrive. Then it has a new ring, [`Self::come_back`].
+    pub(crate) fn go_down(&mut self) {
+        self.restarts += 1;
+        self.live = false;
+        // Histories know nothing of acknowledged writes that are taken back.
+        self.points_hold = false;
+        for Guest { io, queue, .. } in std::mem::take(&mut self.guests) {
+            io.kill();
+            drop(queue);
+        }
+        std::mem::replace(&mut self.sync_io, SimIo::new(self.rng.fork())).kill();
+        for disk in &self.disks {
+            disk.crash(&mut self.rng);
+        }
+        while self.rng.chance(1, 2) && self.replica.apply_batch().is_some() {}
+    }
+
+    /// The host comes back with a new ring. `ranges`: of each volume, what its log says; `None`: everything.
+    pub(crate) fn come_back(&mut self, ranges: &[Option<Vec<(u64, u64)>>]) {
+        let joined: Vec<bool> = (0..self.config.volumes).map(|index| self.replica.joined.contains(&index)).collect();
+        self.ring_file = self.folder.path().join(format!("ring{}", self.restarts));
+        let ring_config = RingConfig {
+            slab_bytes: self.config.slab_mib << 20,
+            descriptors: Some(self.config.descriptors),
+            ..RingConfig::new(identity())
+        };
+        self.ring = Arc::new(Ring::create(&self.ring_file, &ring_config).expect("a ring"));
+        self.replica.forget_wire(0);
+        self.group = CaptureGroup::new(Arc::clone(&self.ring), self.config.capture.clone());
+        self.filters.clear();
+        for (((index, disk), joined), ranges) in (0_u16..).zip(&self.disks).zip(joined).zip(ranges) {
+            let content = if ranges.is_some() { Content::AsMarked } else { Content::Unknown };
+            let filter = self.group.add_volume(spec(index, content, joined), HoleyDisk(disk.clone())).expect("room");
+            let volume = filter.volume().expect("captured");
+            for (offset, len) in ranges.iter().flatten().filter(|(offset, _)| *offset < volume.size()) {
+                self.group.mark_missing(volume, *offset, (*len).min(volume.size() - offset));
+            }
+            self.filters.push(filter);
+        }
+        self.group.begin_event();
+        self.consumer = self.ring.consumer().expect("the only one");
+        self.cutter = Cutter::new(Arc::clone(&self.group));
+        self.syncer = Syncer::new(Arc::clone(&self.group), self.config.sync.clone(), key());
+        self.open();
     }
 
     /// The agent is killed and started again.

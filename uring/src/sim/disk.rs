@@ -145,6 +145,18 @@ impl SimDisk {
         assert!(self.lock().image.read(offset, buf), "range outside of the disk");
     }
 
+    /// A sync from outside of all rings. Faults are asked; one that would make it wait fails it.
+    ///
+    /// # Errors
+    /// The fault's; `TimedOut`.
+    pub fn flush(&self) -> std::io::Result<()> {
+        match self.run(true, DiskOp::Sync, Image::sync, |_, _| {}) {
+            Run::Done(()) => Ok(()),
+            Run::Failed(errno) => Err(std::io::Error::from_raw_os_error(errno)),
+            Run::Delay(_) | Run::Hang => Err(std::io::ErrorKind::TimedOut.into()),
+        }
+    }
+
     /// Reads what a crash that loses all unsynced writes would leave.
     pub fn peek_durable(&self, offset: u64, buf: &mut [u8]) {
         self.lock().image.read_durable(offset, buf);

@@ -1,0 +1,707 @@
+//! The owner of the log's file: reads it at the start, makes extents active and lets them leave.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use farshore_proto::{GroupId, LogMark, SLOT_BYTES, VolumeIndex};
+use farshore_uring::StorageFile;
+
+use super::format::{self, ANCESTORS_MAX, BLOCK, CHANGES_MAX, Read, Superblock, Transaction};
+use super::marks::Marks;
+use super::{
+    ACTIVE, ActivityLog, EXTENT_BYTES, EXTENT_SLOTS, Extent, INSIDE, PLACE_SHIFT, USED, VolumeActivity, VolumeKey,
+    place_of, raise,
+};
+
+/// Fewest and most extents that may be active at once. The table is repeated over and over by the transactions; half of their ring
+/// holds one of 22,528.
+const PLACES: std::ops::RangeInclusive<u32> = 4..=16_384;
+/// Most transactions of one turn, so that those of the last one are still in the ring.
+const TURN_TRANSACTIONS: usize = 64;
+const _: () = assert!((*PLACES.end() as usize).div_ceil(format::SLICE) + TURN_TRANSACTIONS < format::TRANSACTIONS);
+
+/// What a log is made for.
+#[derive(Clone, Copy, Debug)]
+pub struct KeeperConfig {
+    /// Extents of 4 MiB that can be active at once, over all volumes of the host: 4 to 16,384. More: fewer activations, more to compare
+    /// after a crash.
+    pub places: u32,
+    /// Whose log it is; another's is not touched.
+    pub owner: [u8; 16],
+}
+
+/// What was found where the log should be.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Found {
+    /// Nothing: a new one is made.
+    New,
+    /// A whole log.
+    Whole,
+    /// What is left of one cannot be relied on: a new one is made. Why.
+    Damaged(String),
+}
+
+/// What the log says of the life before this one.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    /// Whether it says anything.
+    pub found: Found,
+    /// Where the last life ended, and where those before it did, as far as the target may not have heard of the next: newest first.
+    pub lives: Vec<LogMark>,
+    active: Vec<Extent>,
+    marks: Vec<(Extent, u64)>,
+}
+
+impl Loaded {
+    /// Ranges of a volume that may differ: first byte and bytes. Some may lie behind its end, if it had another size.
+    #[must_use]
+    pub fn ranges(&self, group: &GroupId, volume: VolumeIndex) -> Vec<(u64, u64)> {
+        let key = VolumeKey::new(group, volume);
+        let start = |extent: &Extent| u64::from(extent.number) * EXTENT_BYTES;
+        let active = self.active.iter().filter(|extent| extent.volume == key).map(|it| (start(it), EXTENT_BYTES));
+        let marked = self.marks.iter().filter(|(extent, _)| extent.volume == key).flat_map(|(extent, mask)| {
+            let bits = (0..EXTENT_SLOTS).filter(move |bit| mask & (1 << bit) != 0);
+            bits.map(move |bit| (start(extent) + bit * SLOT_BYTES, SLOT_BYTES))
+        });
+        active.chain(marked).collect()
+    }
+
+    /// Extents that were active.
+    #[must_use]
+    pub fn active(&self) -> usize {
+        self.active.len()
+    }
+
+    /// Whether a target that last heard of `mark` cannot have anything of this host that this log does not know of.
+    #[must_use]
+    pub fn covers(&self, mark: LogMark) -> bool {
+        self.found == Found::Whole && mark.is_in(&self.lives)
+    }
+}
+
+/// What a turn came to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Turn {
+    /// Invariant 1 of the log holds: nothing has gone past it that it does not cover by now.
+    pub upheld: bool,
+    /// Nothing more can be made active before a flush ([`Keeper::poll_flush`]) has ended.
+    pub starved: bool,
+}
+
+/// What somebody wants of the keeper.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Ask {
+    /// This extent is to be active.
+    Activate(Extent),
+    /// What the log has of this volume is to be taken over, and what is missing of it elsewhere is to be marked.
+    Settle(VolumeKey),
+    /// The volume is gone.
+    Forget(VolumeKey),
+}
+
+/// A place of the table.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Place {
+    Empty,
+    /// Its owner is active.
+    Active,
+    /// Its owner has left, in memory; on disk it stands there until the place has another.
+    Left,
+}
+
+/// Flushes that are needed so that extents can leave; to be run on a thread of its own: it blocks.
+#[must_use = "extents cannot leave before it has run"]
+pub struct FlushJob(Vec<Arc<VolumeActivity>>);
+
+impl FlushJob {
+    /// Flushes. Then [`Keeper::handle_flushed`].
+    pub fn run(self) {
+        for volume in self.0 {
+            if let Err(error) = volume.flush() {
+                // Its extents stay.
+                tracing::debug!(volume = ?volume.key, %error, "a volume could not be flushed for the activity log");
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for FlushJob {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FlushJob").field("volumes", &self.0.len()).finish()
+    }
+}
+
+/// The one owner of a log's file. [`Self::open`], then [`Self::begin`], then [`Self::turn`] whenever it is waked; after an error of
+/// either, [`Self::begin`] again. All of them block.
+pub struct Keeper<F> {
+    log: Arc<ActivityLog>,
+    file: Arc<F>,
+    id: [u8; 16],
+    owner: [u8; 16],
+    session: u64,
+    ancestors: Vec<LogMark>,
+    /// Number of the last transaction written, and of the last that is durable.
+    number: u64,
+    durable: u64,
+    table: Vec<Option<Extent>>,
+    state: Vec<Place>,
+    /// Places that may be given away, oldest first; some have been taken again by their owner.
+    spare: VecDeque<u32>,
+    is_spare: Vec<bool>,
+    owners: BTreeMap<Extent, u32>,
+    hand: usize,
+    marks: Marks,
+    waiting: VecDeque<Ask>,
+    flushing: bool,
+    wants_flush: bool,
+    /// The superblock is not on disk.
+    fresh: bool,
+    /// Not one turn has failed since the last [`Self::begin`].
+    sound: bool,
+    /// When so many were answered, everything that went past the log is covered.
+    owed: u64,
+}
+
+impl<F> std::fmt::Debug for Keeper<F> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Keeper").field("number", &self.number).finish_non_exhaustive()
+    }
+}
+
+impl<F: StorageFile> Keeper<F> {
+    /// Reads the log in `file`. `random`: an id for a new log, and a number of this life that no other has (not 0).
+    ///
+    /// # Errors
+    /// The file cannot be read; it holds the log of another owner, or of a newer version (both as `InvalidData`): nothing is touched then.
+    pub fn open(file: Arc<F>, config: KeeperConfig, random: ([u8; 16], u64)) -> io::Result<(Self, Loaded)> {
+        let read = read(&*file, &config)?;
+        let (new_id, session) = random;
+        let loaded = read.loaded;
+        let places = config.places.clamp(*PLACES.start(), *PLACES.end());
+        let mut keeper = Self {
+            log: ActivityLog::new(places),
+            file,
+            id: read.id.filter(|_| read.places == places).unwrap_or(new_id),
+            owner: config.owner,
+            session: session.max(1),
+            ancestors: loaded.lives.iter().copied().take(ANCESTORS_MAX).collect(),
+            number: read.number,
+            durable: read.number,
+            table: vec![None; places as usize],
+            state: vec![Place::Empty; places as usize],
+            spare: VecDeque::new(),
+            is_spare: vec![false; places as usize],
+            owners: BTreeMap::new(),
+            hand: 0,
+            marks: read.marks,
+            waiting: VecDeque::new(),
+            flushing: false,
+            wants_flush: false,
+            fresh: read.id.is_none() || read.places != places,
+            sound: false,
+            owed: 0,
+        };
+        let mut active = loaded.active.iter();
+        for (place, extent) in (0..places).zip(&mut active) {
+            keeper.table[place as usize] = Some(*extent);
+            keeper.state[place as usize] = Place::Active;
+            keeper.owners.insert(*extent, place);
+        }
+        // The table has become smaller.
+        for extent in active {
+            keeper.marks.add(*extent, u64::MAX)?;
+        }
+        for place in 0..places {
+            if keeper.state[place as usize] == Place::Empty {
+                keeper.give(place);
+            }
+        }
+        Ok((keeper, loaded))
+    }
+
+    /// What queues share with the keeper.
+    #[must_use]
+    pub fn log(&self) -> &Arc<ActivityLog> {
+        &self.log
+    }
+
+    /// Writes all of the log: the first time, and after an error. Durable when this returns.
+    ///
+    /// # Errors
+    /// The file's; the log on disk is then as before, or cannot be relied on.
+    pub fn begin(&mut self) -> io::Result<()> {
+        self.marks.change_all();
+        if self.fresh {
+            // All of it, so that later writes need no room and change no file system's maps.
+            let places = u32::try_from(self.table.len()).expect("at most 16,384");
+            let superblock = Superblock { id: self.id, owner: self.owner, places };
+            let mut bytes = vec![0; format::FIRST_PAGE * BLOCK];
+            bytes[..BLOCK].copy_from_slice(&superblock.encode());
+            self.file.write_at(&bytes, 0)?;
+        }
+        self.marks.write(&*self.file, &self.id)?;
+        self.file.sync()?;
+        let places = u32::try_from(self.table.len()).expect("at most 16,384");
+        for _ in 0..format::slices(places) {
+            self.write_transaction(Vec::new())?;
+        }
+        self.file.sync()?;
+        self.fresh = false;
+        self.sound = true;
+        self.made_durable();
+        Ok(())
+    }
+
+    /// The target has a batch of this life: it knows of no earlier one any more.
+    pub fn handle_heard(&mut self) {
+        self.ancestors.clear();
+    }
+
+    /// A flush job has been run.
+    pub fn handle_flushed(&mut self) {
+        self.flushing = false;
+    }
+
+    /// What is to be flushed so that extents can leave. One at a time.
+    #[must_use]
+    pub fn poll_flush(&mut self) -> Option<FlushJob> {
+        if self.flushing || !std::mem::take(&mut self.wants_flush) {
+            return None;
+        }
+        let dirty: BTreeSet<VolumeKey> = (0..self.table.len())
+            .filter(|place| self.state[*place] == Place::Active)
+            .filter_map(|place| Some(self.table[place]?.volume))
+            .collect();
+        let volumes: Vec<_> = dirty.into_iter().filter_map(|volume| self.log.volume(volume)).collect();
+        self.flushing = !volumes.is_empty();
+        self.flushing.then_some(FlushJob(volumes))
+    }
+
+    /// Answers what was asked for, as far as it can without waiting for a flush, and lets extents leave ahead of need.
+    ///
+    /// # Errors
+    /// The file's, or that there is no room for marks. What was asked for is not lost: [`Self::begin`], then a turn, answers it.
+    pub fn turn(&mut self) -> io::Result<Turn> {
+        if !self.sound {
+            return Err(io::Error::other("the activity log has to be written anew first"));
+        }
+        let result = self.answer();
+        self.sound = result.is_ok();
+        let starved = result?;
+        if self.log.passes() && self.log.answered() == self.log.asked() {
+            self.log.passing.store(false, Ordering::SeqCst);
+            // A request that went past in this very moment had asked before.
+            fence(Ordering::SeqCst);
+            self.owed = self.log.asked();
+        }
+        Ok(Turn { upheld: !self.log.passes() && self.log.answered() >= self.owed, starved })
+    }
+
+    /// Answers what can be answered. `true`: more is asked for than there are places.
+    fn answer(&mut self) -> io::Result<bool> {
+        {
+            let mut asked = self.log.asked.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            self.waiting.extend(asked.drain(..));
+        }
+        let low = self.low_water();
+        if self.spare.len() < self.waiting.len() + low {
+            self.let_leave(self.waiting.len() + 2 * low)?;
+        }
+        let (mut changes, mut answered) = (Vec::new(), Vec::new());
+        let written = self.take(&mut changes, &mut answered).and_then(|()| self.write(&changes));
+        if let Err(error) = written {
+            // Nobody has heard anything: all of them are answered when the log has been written anew.
+            answered.into_iter().rev().for_each(|ask| self.waiting.push_front(ask));
+            return Err(error);
+        }
+        let mut volumes = BTreeMap::new();
+        for ask in &answered {
+            if let Ask::Activate(extent) = ask
+                && let Some(place) = self.owners.get(extent)
+                && let Some(volume) = self.log.volume(extent.volume)
+            {
+                self.activate(&volume, *extent, *place);
+                volumes.insert(extent.volume, volume);
+            }
+        }
+        let count = u64::try_from(answered.len()).expect("a count");
+        self.log.answered_count.fetch_add(count, Ordering::AcqRel);
+        volumes.values().for_each(|volume| volume.wake_queues());
+        let starved = matches!(self.waiting.front(), Some(Ask::Activate(_)));
+        self.wants_flush |= starved || self.spare.len() < low;
+        Ok(starved)
+    }
+
+    /// Takes from what is waiting, with the changes of the table that this needs.
+    fn take(&mut self, changes: &mut Vec<(u32, Option<Extent>)>, answered: &mut Vec<Ask>) -> io::Result<()> {
+        while changes.len() < TURN_TRANSACTIONS * CHANGES_MAX
+            && let Some(ask) = self.waiting.front().copied()
+        {
+            match ask {
+                Ask::Activate(extent) => {
+                    if !self.place_for(extent, changes) {
+                        break;
+                    }
+                }
+                Ask::Settle(volume) => self.settle(volume)?,
+                Ask::Forget(volume) => self.forget(&|known| known != volume),
+            }
+            self.waiting.pop_front();
+            answered.push(ask);
+        }
+        Ok(())
+    }
+
+    /// Places that are kept spare.
+    fn low_water(&self) -> usize {
+        self.table.len() / 8
+    }
+
+    /// Finds a place for `extent`; `false`: there is no spare one. A change of the table is added to `changes`.
+    fn place_for(&mut self, extent: Extent, changes: &mut Vec<(u32, Option<Extent>)>) -> bool {
+        if let Some(place) = self.owners.get(&extent) {
+            // It is, or still stands, in the table on disk.
+            self.state[*place as usize] = Place::Active;
+            return true;
+        }
+        let place = loop {
+            let Some(place) = self.spare.pop_front() else { return false };
+            self.is_spare[place as usize] = false;
+            if self.state[place as usize] != Place::Active {
+                break place;
+            }
+        };
+        if let Some(old) = self.table[place as usize].replace(extent) {
+            self.owners.remove(&old);
+            if let Some(volume) = self.log.volume(old.volume) {
+                forget_place(&volume, old, place);
+            }
+        }
+        self.owners.insert(extent, place);
+        self.state[place as usize] = Place::Active;
+        let of = &self.log.places[place as usize];
+        of.position.store(0, Ordering::Release);
+        of.stamp.store(0, Ordering::Release);
+        changes.push((place, Some(extent)));
+        true
+    }
+
+    fn give(&mut self, place: u32) {
+        if !std::mem::replace(&mut self.is_spare[place as usize], true) {
+            self.spare.push_back(place);
+        }
+    }
+
+    /// What is changed on disk: marks first, then the table. Durable when this returns.
+    fn write(&mut self, changes: &[(u32, Option<Extent>)]) -> io::Result<()> {
+        if self.marks.is_changed() && !changes.is_empty() {
+            self.marks.write(&*self.file, &self.id)?;
+            self.file.sync()?;
+        }
+        if changes.is_empty() {
+            return Ok(());
+        }
+        for chunk in changes.chunks(CHANGES_MAX) {
+            self.write_transaction(chunk.to_vec())?;
+        }
+        self.file.sync()?;
+        self.made_durable();
+        Ok(())
+    }
+
+    fn write_transaction(&mut self, changes: Vec<(u32, Option<Extent>)>) -> io::Result<()> {
+        let places = u32::try_from(self.table.len()).expect("at most 16,384");
+        self.number += 1;
+        let slice = format::slice_of(self.number, places);
+        let transaction = Transaction {
+            at: LogMark { session: self.session, number: self.number },
+            base: self.durable,
+            places,
+            ancestors: self.ancestors.clone(),
+            changes,
+            first: slice.start,
+            slice: self.table[slice.start as usize..slice.end as usize].to_vec(),
+        };
+        self.file.write_at(&transaction.encode(&self.id), format::transaction_at(self.number))
+    }
+
+    fn made_durable(&mut self) {
+        self.durable = self.number;
+        self.log.session.store(self.session, Ordering::Release);
+        // Release: before any extent becomes active by it, so that a batch with a write to that extent has this number.
+        self.log.number.store(self.number, Ordering::Release);
+    }
+
+    fn activate(&self, volume: &VolumeActivity, extent: Extent, place: u32) {
+        let Some(word) = volume.extents.get(extent.number as usize) else { return };
+        let bits = (u64::from(place) + 1) << PLACE_SHIFT | ACTIVE | USED;
+        let keep = |word: u64| Some(word & INSIDE | bits);
+        // Release: behind the sync. Always succeeds.
+        let _ = word.fetch_update(Ordering::SeqCst, Ordering::Acquire, keep);
+        // Whoever was inside before and has left without seeing the place, had its ticket before this look.
+        fence(Ordering::SeqCst);
+        let of = &self.log.places[place as usize];
+        raise(&of.position, volume.ring.head());
+        raise(&of.stamp, volume.flushes_begun.load(Ordering::SeqCst));
+    }
+
+    /// Lets up to `wanted` extents leave, in memory, and marks what has to be marked of them: oldest first, those that nobody has used
+    /// since the last look.
+    fn let_leave(&mut self, wanted: usize) -> io::Result<()> {
+        let mut cache: BTreeMap<VolumeKey, Option<Arc<VolumeActivity>>> = BTreeMap::new();
+        let mut left = self.spare.len();
+        for _ in 0..2 * self.table.len() {
+            if left >= wanted {
+                break;
+            }
+            let place = self.hand;
+            self.hand = (self.hand + 1) % self.table.len();
+            let (Place::Active, Some(extent)) = (self.state[place], self.table[place]) else { continue };
+            let volume = cache.entry(extent.volume).or_insert_with(|| self.log.volume(extent.volume));
+            let Some(volume) = volume.as_ref().filter(|volume| volume.settled.load(Ordering::Acquire)) else {
+                continue;
+            };
+            if !leaves(volume, extent, &self.log.places[place]) {
+                continue;
+            }
+            let of = &self.log.places[place];
+            let position = of.position.load(Ordering::Acquire);
+            let durable = position <= volume.durable.load(Ordering::Acquire);
+            let mask = if durable { volume.marked(extent.number) } else { volume.all_slots(extent.number) };
+            if let Err(error) = self.marks.set(extent, mask, if durable { 0 } else { position }) {
+                if let Some(word) = volume.extents.get(extent.number as usize) {
+                    word.fetch_or(ACTIVE, Ordering::SeqCst);
+                }
+                return Err(error);
+            }
+            self.state[place] = Place::Left;
+            self.give(u32::try_from(place).expect("at most 16,384"));
+            left += 1;
+        }
+        Ok(())
+    }
+
+    /// Takes over a volume's extents from an earlier life, and marks what it misses, or sync has under way, outside of them.
+    fn settle(&mut self, key: VolumeKey) -> io::Result<()> {
+        let Some(volume) = self.log.volume(key) else { return Ok(()) };
+        let first = Extent { volume: key, number: 0 };
+        let last = Extent { volume: key, number: u32::MAX };
+        for (extent, place) in self.owners.range(first..=last) {
+            if self.state[*place as usize] == Place::Active {
+                self.activate(&volume, *extent, *place);
+            }
+        }
+        let extents = u32::try_from(volume.extents.len()).expect("a volume has below 2^32 extents");
+        for number in 0..extents {
+            let extent = Extent { volume: key, number };
+            let mask = volume.marked(number);
+            if mask != 0 && !self.is_active(extent) {
+                self.marks.add(extent, mask)?;
+            }
+        }
+        if self.marks.is_changed() {
+            self.marks.write(&*self.file, &self.id)?;
+            self.file.sync()?;
+        }
+        volume.settled.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn is_active(&self, extent: Extent) -> bool {
+        self.owners.get(&extent).is_some_and(|place| self.state[*place as usize] == Place::Active)
+    }
+
+    /// Forgets volumes that `known` does not know, in the table and the marks.
+    fn forget(&mut self, known: &dyn Fn(VolumeKey) -> bool) {
+        for place in 0..self.table.len() {
+            let Some(extent) = self.table[place].filter(|extent| !known(extent.volume)) else { continue };
+            self.owners.remove(&extent);
+            self.table[place] = None;
+            self.state[place] = Place::Empty;
+            self.give(u32::try_from(place).expect("at most 16,384"));
+        }
+        self.marks.retain(known);
+    }
+
+    /// Forgets what the log has of volumes that do not exist any more. Before [`Self::begin`], or at any time.
+    pub fn retain(&mut self, known: impl Fn(VolumeKey) -> bool) {
+        self.forget(&known);
+    }
+
+    /// Clears marks that are not needed any more; on disk with the next write. For every few seconds: it looks at all of them.
+    pub fn tidy(&mut self) {
+        let log = &self.log;
+        let (owners, state) = (&self.owners, &self.state);
+        let mut cache: BTreeMap<VolumeKey, Option<Arc<VolumeActivity>>> = BTreeMap::new();
+        let cell = std::cell::RefCell::new(&mut cache);
+        self.marks.tidy(|extent, until| {
+            let mut cache = cell.borrow_mut();
+            let volume = cache.entry(extent.volume).or_insert_with(|| log.volume(extent.volume)).as_ref()?;
+            if !volume.settled.load(Ordering::Acquire) || volume.durable.load(Ordering::Acquire) < until {
+                return None;
+            }
+            // While it is active nothing has to be marked, and what it will need is found when it leaves.
+            let active = owners.get(&extent).is_some_and(|place| state[*place as usize] == Place::Active);
+            if active { None } else { Some(volume.marked(extent.number)) }
+        });
+    }
+
+    /// Extents that have a mark.
+    #[must_use]
+    pub fn marked(&self) -> usize {
+        self.marks.count()
+    }
+}
+
+/// Takes an extent's activity away, in memory, if nobody is inside, nobody has used it since the last look, and all its writes are
+/// stable.
+fn leaves(volume: &VolumeActivity, extent: Extent, place: &super::Place) -> bool {
+    // A volume that has shrunk does not exist; one that came back in another shape has it all the same.
+    let Some(word) = volume.extents.get(extent.number as usize) else { return true };
+    let seen = word.load(Ordering::Acquire);
+    if seen & INSIDE != 0 {
+        return false;
+    }
+    if seen & USED != 0 {
+        word.fetch_and(!USED, Ordering::AcqRel);
+        return false;
+    }
+    let stable = || place.stamp.load(Ordering::Acquire) < volume.flushes_ended.load(Ordering::Acquire);
+    if !stable() || word.compare_exchange(seen, seen & !ACTIVE, Ordering::SeqCst, Ordering::Acquire).is_err() {
+        return false;
+    }
+    // Somebody may have come and gone between the first look and the exchange.
+    if !stable() {
+        word.fetch_or(ACTIVE, Ordering::SeqCst);
+        return false;
+    }
+    true
+}
+
+/// The extent's place has another owner.
+fn forget_place(volume: &VolumeActivity, extent: Extent, place: u32) {
+    let Some(word) = volume.extents.get(extent.number as usize) else { return };
+    let none = |word: u64| (place_of(word) == Some(place as usize)).then_some(word & ((1 << PLACE_SHIFT) - 1));
+    // `Err`: it has none, or another.
+    let _ = word.fetch_update(Ordering::SeqCst, Ordering::Acquire, none);
+}
+
+struct ReadLog {
+    id: Option<[u8; 16]>,
+    places: u32,
+    number: u64,
+    marks: Marks,
+    loaded: Loaded,
+}
+
+fn nothing(found: Found) -> ReadLog {
+    let loaded = Loaded { found, lives: Vec::new(), active: Vec::new(), marks: Vec::new() };
+    ReadLog { id: None, places: 0, number: 0, marks: Marks::default(), loaded }
+}
+
+/// Reads a log. Rules: `docs/formats/activity-log.md`.
+fn read(file: &impl StorageFile, config: &KeeperConfig) -> io::Result<ReadLog> {
+    let invalid = |text: String| Err(io::Error::new(io::ErrorKind::InvalidData, text));
+    let damaged = |text: &str| Ok(nothing(Found::Damaged(text.to_owned())));
+    let len = file.len()?;
+    if len == 0 {
+        return Ok(nothing(Found::New));
+    }
+    if len < (format::FIRST_PAGE * BLOCK) as u64 {
+        return damaged("it is too short");
+    }
+    let mut block = [0; BLOCK];
+    file.read_at(&mut block, 0)?;
+    let superblock = match Superblock::decode(&block) {
+        Err(version) => return invalid(format!("is an activity log of version {version}, this build reads 1")),
+        Ok(Read::Empty) => return Ok(nothing(Found::New)),
+        Ok(Read::Damaged) => return damaged("its first block is damaged, or it is no activity log"),
+        Ok(Read::Whole(superblock)) if superblock.owner != config.owner => {
+            return invalid("is the activity log of another host".into());
+        }
+        Ok(Read::Whole(superblock)) if !PLACES.contains(&superblock.places) => {
+            return damaged("its table has an impossible size");
+        }
+        Ok(Read::Whole(superblock)) => superblock,
+    };
+    let id = superblock.id;
+    let mut blocks = Vec::new();
+    for number in 0..format::TRANSACTIONS as u64 {
+        file.read_at(&mut block, format::transaction_at(number))?;
+        blocks.push(Transaction::decode(&block, &id));
+    }
+    let newest = match last_complete(&blocks, superblock.places) {
+        Ok(Some(newest)) => newest,
+        // Made, and never begun: nothing was ever written under it.
+        Ok(None) => return Ok(nothing(Found::New)),
+        Err(reason) => return damaged(reason),
+    };
+    let Some(marks) = Marks::read(file, &id)? else { return damaged("a page of marks is damaged") };
+    let mut table = vec![None; superblock.places as usize];
+    for number in newest.at.number + 1 - format::slices(superblock.places)..=newest.at.number {
+        let Some(transaction) = at(&blocks, number) else { return damaged("a transaction is missing") };
+        for (place, owner) in &transaction.changes {
+            table[*place as usize] = *owner;
+        }
+        for (place, owner) in (transaction.first..).zip(&transaction.slice) {
+            table[place as usize] = *owner;
+        }
+    }
+    let mut lives = vec![newest.at];
+    lives.extend(newest.ancestors.iter().copied());
+    let loaded = Loaded {
+        found: Found::Whole,
+        lives,
+        active: table.into_iter().flatten().collect::<BTreeSet<_>>().into_iter().collect(),
+        marks: marks.iter().collect(),
+    };
+    Ok(ReadLog { id: Some(id), places: superblock.places, number: newest.at.number, marks, loaded })
+}
+
+/// The transaction of this number, if it is still in the ring.
+fn at(blocks: &[Read<Transaction>], number: u64) -> Option<&Transaction> {
+    match &blocks[format::index_of(number)] {
+        Read::Whole(transaction) if transaction.at.number == number => Some(transaction),
+        Read::Whole(_) | Read::Empty | Read::Damaged => None,
+    }
+}
+
+/// The last transaction whose whole batch is there, so that it may have been believed durable. `None`: none was ever.
+fn last_complete(blocks: &[Read<Transaction>], places: u32) -> Result<Option<Transaction>, &'static str> {
+    let whole = blocks.iter().filter_map(|block| match block {
+        Read::Whole(transaction) => Some(transaction),
+        Read::Empty | Read::Damaged => None,
+    });
+    let Some(newest) = whole.max_by_key(|transaction| transaction.at.number) else {
+        let any = blocks.contains(&Read::Damaged);
+        return if any { Err("its transactions are damaged") } else { Ok(None) };
+    };
+    // A block that is neither old nor new, where the next ones go, or inside of the last batch: cut off while it was written, or damaged
+    // since. Nothing tells which.
+    let sane = newest.base < newest.at.number && newest.at.number < 1 << 63;
+    let (first, last) = (newest.base + u64::from(sane), newest.at.number.saturating_add(TURN_TRANSACTIONS as u64));
+    let suspect = |number: u64| blocks[format::index_of(number)] == Read::Damaged;
+    if !sane || last - first >= format::TRANSACTIONS as u64 || (first..=last).any(suspect) {
+        return Err("a transaction was cut off, or is damaged");
+    }
+    let batch_is_whole = (first..=newest.at.number).all(|number| at(blocks, number).is_some());
+    let complete = if batch_is_whole {
+        newest
+    } else if newest.base == 0 {
+        return Ok(None);
+    } else {
+        at(blocks, newest.base).ok_or("its last durable transaction is missing")?
+    };
+    let needed = format::slices(places);
+    if complete.places != places || complete.at.number < needed {
+        return Err("its transactions are of another table");
+    }
+    let run = complete.at.number + 1 - needed..=complete.at.number;
+    if run.clone().all(|number| at(blocks, number).is_some_and(|it| it.places == places)) {
+        Ok(Some(complete.clone()))
+    } else {
+        Err("a transaction is missing")
+    }
+}
