@@ -9,11 +9,12 @@ use farshore_blkfilter::Volume;
 use farshore_blkfilter::sync::SyncState;
 use farshore_link::identity::Identity;
 use farshore_proto::text::show_time;
-use farshore_proto::{Name, Role, SLOT_BYTES, VolumeIndex, WallTime};
+use farshore_proto::{GroupId, HostId, Name, Role, SLOT_BYTES, VolumeIndex, WallTime};
 use farshore_streamer::{DurableBatch, Phase, StreamerStatus};
 use farshore_uring::{BackingId, DirStorage};
 use serde_json::{Value, json};
 
+use crate::activity::Activity;
 use crate::alarms::{Alarm, Alarms, code};
 use crate::api::ProtectRequest;
 use crate::attach::ring_folder;
@@ -75,7 +76,13 @@ impl Agent {
         let supervisor = SupervisorLink::new(&config.ring_dir, &identity.name);
         // Before anything is opened that a pass-through holds.
         supervisor.let_go()?;
-        let context = Context { config: Arc::new(config), identity: Arc::new(identity), store, alarms, supervisor };
+        let host = HostId::derive(identity.vault, &identity.name);
+        let names = store.groups()?;
+        let ids: Vec<_> = names.iter().map(|name| GroupId::derive(identity.vault, name)).collect();
+        let activity = Activity::start(&config, host, &store, &alarms, &ids)?.map(Arc::new);
+        let (config, identity) = (Arc::new(config), Arc::new(identity));
+        let context = Context { config, identity, store, alarms, supervisor, activity };
+        let mut all_started = true;
         let agent = Self {
             context,
             groups: Arc::default(),
@@ -83,7 +90,7 @@ impl Agent {
             watch: Mutex::default(),
             requests: Gate::default(),
         };
-        for name in agent.context.store.groups()? {
+        for name in names {
             let started = match agent.context.store.read_group(&name) {
                 Ok(Some(state)) if state.is_live() => Group::start(&agent.context, name.clone(), state)
                     .map(|group| _ = agent.add_group(name.clone(), group)),
@@ -95,11 +102,15 @@ impl Agent {
                 Err(error @ Error::Refused { .. }) => return Err(error),
                 // One group's trouble does not end the protection of the others.
                 Err(error) => {
+                    all_started = false;
                     let text = format!("is not protected: {}", crate::error::chain(&error));
                     agent.context.alarms.raise(code::UNAVAILABLE, name.as_str(), text);
                 }
                 Ok(()) => agent.report(false),
             }
+        }
+        if let Some(activity) = agent.context.activity.as_ref().filter(|_| all_started) {
+            activity.handle_started();
         }
         let supervisor = agent.context.supervisor.clone();
         let report = move |groups: &[Arc<Group>]| {
@@ -316,6 +327,7 @@ impl Agent {
         let (group, volume) = self.volume(text)?;
         let capture = &group.shared.capture;
         capture.resync(VolumeIndex(volume.index)).map_err(|error| Error::failed("resync", error))?;
+        group.shared.settle(VolumeIndex(volume.index));
         Ok(volume_document(&group, &volume))
     }
 
@@ -399,6 +411,9 @@ impl Agent {
             "cut_min_s": group.policy().cut_min.as_secs_f64(),
             "sync": sync_document(group),
             "verify": group.verify_document(),
+            "activity_log": group.shared.activity.as_ref().map(|activity| {
+                activity.document(&group.shared.id, capture.volumes().iter().map(|volume| volume.index()))
+            }),
             "alarms": self.context.alarms.list(Some(name)),
         })
     }

@@ -39,6 +39,10 @@ pub(crate) mod code {
     pub(crate) const REFUSED: &str = "target.refused";
     /// The ring is not locked in memory.
     pub(crate) const UNLOCKED: &str = "ring.unlocked";
+    /// The activity log cannot be used.
+    pub(crate) const ACTIVITY: &str = "activity-log.failed";
+    /// It does not cover every write.
+    pub(crate) const UNCOVERED: &str = "activity-log.uncovered";
     /// State could not be written.
     pub(crate) const STATE: &str = "state.failed";
     /// No worker serves the volumes, and their requests wait.

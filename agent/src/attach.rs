@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use farshore_blkfilter::Content;
 use farshore_proto::{GroupId, HostId, Name, VaultId};
-use farshore_ring::{Dormant, Ring, RingConfig, RingIdentity, Which};
+use farshore_ring::{Dormant, Ring, RingConfig, RingIdentity, Which, WritingRange};
 use farshore_streamer::{CaptureRing, RingSource};
 use farshore_uring::Storage;
 
@@ -22,6 +22,8 @@ pub(crate) struct Predecessor<'a> {
     pub reissued: BTreeSet<u16>,
     /// Whether all I/O of the dead agent has ended; may wait. Asked at most once, and only if there is a ring.
     pub has_ended: &'a dyn Fn() -> bool,
+    /// The activity log says what may differ where the ring is lost.
+    pub covered: bool,
 }
 
 /// Whose ring.
@@ -40,6 +42,12 @@ pub(crate) struct Attached {
     pub resumed: bool,
     /// The marks saved at the last stop are all there is: nothing was served since.
     pub clean: bool,
+    /// What the activity log says may differ, too.
+    pub from_log: bool,
+    /// What was under way in the last process is not in a ring.
+    pub lost: bool,
+    /// What the last process was writing.
+    pub writing: Vec<WritingRange>,
     /// What is known of the volumes' difference to the replica.
     pub content: Content,
 }
@@ -96,6 +104,7 @@ impl RingOwner {
             forget_bypassed(dir, &self.host_name, self.name.as_str());
         }
         let mut clean = !state.attached;
+        let mut from_log = false;
         if state.attached {
             match Ring::open(&path, &self.identity(state, boot)) {
                 // The streamer stores its state before the first request is served. So the last start was cut off, perhaps before
@@ -104,13 +113,12 @@ impl RingOwner {
                 Ok(found) if found.recovery().stream.is_none() => {
                     tracing::info!(group = %self.name, "the last start did not get as far as serving");
                     clean = true;
+                    // That start may have had the log to go by.
+                    from_log = predecessor.covered && !state.compare_everything;
                 }
                 Ok(_) if !(predecessor.has_ended)() => {
-                    tracing::warn!(
-                        group = %self.name,
-                        "a source is still held: the last agent's ring is given up, and everything is compared"
-                    );
-                    state.compare_everything = true;
+                    from_log =
+                        self.lost(state, predecessor, "a source is still held: the last agent's ring is given up");
                 }
                 Ok(found) => {
                     let recovery = found.recovery();
@@ -120,11 +128,13 @@ impl RingOwner {
                         entries = recovery.head - recovery.freed,
                         "ring of the last process found"
                     );
+                    let writing = recovery.writing.clone();
                     mark_recovered(&found, &predecessor.reissued);
                     let ring = Arc::new(found.resume());
                     if self.stream_fits(&ring, state)? {
                         let content = if state.compare_everything { Content::Unknown } else { Content::AsMarked };
-                        return Ok(Attached { ring, resumed: true, clean: false, content });
+                        let (clean, from_log, lost) = (false, false, false);
+                        return Ok(Attached { ring, resumed: true, clean, from_log, lost, writing, content });
                     }
                     tracing::warn!(group = %self.name, "the ring is of an older incarnation: everything is compared");
                     state.compare_everything = true;
@@ -137,8 +147,8 @@ impl RingOwner {
                     });
                 }
                 Err(error) => {
-                    tracing::warn!(group = %self.name, %error, "the ring of the last process is lost: everything is compared");
-                    state.compare_everything = true;
+                    from_log =
+                        self.lost(state, predecessor, &format!("the ring of the last process is lost ({error})"));
                 }
             }
         }
@@ -150,7 +160,24 @@ impl RingOwner {
         let ring = Ring::create(&path, &config)
             .map_err(|error| Error::failed(format!("ring {}", path.display()), crate::error::chain(&error)))?;
         let content = if state.compare_everything { Content::Unknown } else { Content::AsMarked };
-        Ok(Attached { ring: Arc::new(ring), resumed: false, clean, content })
+        Ok(Attached {
+            ring: Arc::new(ring),
+            resumed: false,
+            clean,
+            from_log,
+            lost: !clean,
+            writing: Vec::new(),
+            content,
+        })
+    }
+
+    /// There is no ring to go by. `true`: the activity log tells what to compare; else that is everything.
+    fn lost(&self, state: &mut GroupState, predecessor: &Predecessor<'_>, reason: &str) -> bool {
+        let from_log = predecessor.covered && !state.compare_everything;
+        let what = if from_log { "what the activity log names" } else { "everything" };
+        tracing::warn!(group = %self.name, "{reason}: {what} is compared");
+        state.compare_everything |= !from_log;
+        from_log
     }
 
     /// A kill between recording a new incarnation and telling the ring leaves a stream that must not go on.
@@ -248,7 +275,8 @@ mod tests {
         }
 
         fn attach(&self, state: &mut GroupState, reissued: &[u16], has_ended: &dyn Fn() -> bool) -> Result<Attached> {
-            let predecessor = Predecessor { reissued: reissued.iter().copied().collect(), has_ended };
+            let reissued = reissued.iter().copied().collect();
+            let predecessor = Predecessor { reissued, has_ended, covered: false };
             self.owner.attach(self.folder.path(), MIB * 8, state, &self.store, &predecessor)
         }
 

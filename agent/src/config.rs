@@ -43,6 +43,10 @@ pub struct AgentFile {
     /// Longest time that a worker may leave requests alone.
     #[serde(default, deserialize_with = "duration")]
     pub worker_hang_max: Option<Duration>,
+    /// File or block device of the activity log.
+    pub activity_log: Option<PathBuf>,
+    /// Extents of 4 MiB that may be active at once.
+    pub al_extents: Option<u32>,
     /// Policies by group name.
     #[serde(default)]
     pub group: BTreeMap<String, GroupFile>,
@@ -142,6 +146,12 @@ pub struct AgentConfig {
     /// Longest time that a worker may end no request while some wait and no disk is at work. Then it is killed. Default 2 s, 500 ms to
     /// 10 min.
     pub worker_hang_max: Duration,
+    /// File or block device of the activity log. Default: `activity.log` in the state directory. Never on a protected volume. A file is
+    /// made if there is none; it takes 1 MiB, and more while much is marked (`docs/formats/activity-log.md`).
+    pub activity_log: Option<PathBuf>,
+    /// Extents of 4 MiB that may be active at once, over all volumes. Default 1024, 64 to 16,384. More: fewer writes that wait for the
+    /// log, more to compare after a crash.
+    pub al_extents: u32,
     /// Policies by group name; a group without an entry has [`GroupPolicy::default`].
     pub groups: BTreeMap<Name, GroupPolicy>,
     /// The configuration file, if there is one.
@@ -220,6 +230,11 @@ impl AgentConfig {
         }
         let connections = in_range("connections", file.connections.unwrap_or(2), 1, 16)?;
         let workers = in_range("workers", file.workers.unwrap_or(1), 1, 64)?;
+        let al_extents = file.al_extents.unwrap_or(1024);
+        if !(64..=16_384).contains(&al_extents) {
+            let reason = format!("{al_extents}, allowed is 64 to 16384");
+            return Err(Error::Setting { key: "al_extents", reason });
+        }
         let worker = |key, given: Option<Duration>, default: u64, least: u64| {
             let (default, least) = (Duration::from_millis(default), Duration::from_millis(least));
             in_range_of_time(key, given.unwrap_or(default), least, Duration::from_secs(600))
@@ -246,6 +261,8 @@ impl AgentConfig {
             direct: file.direct.unwrap_or(true),
             worker_gap_max,
             worker_hang_max,
+            activity_log: file.activity_log,
+            al_extents,
             groups,
             file: file.path,
         })

@@ -35,6 +35,11 @@ pub enum Evidence {
         /// It was in use all the same (mounted, through the device mapper): after a restart of the host nothing is known.
         in_use: bool,
     },
+    /// Of a host that went down while it was served: nothing but which boot that was. Never kept.
+    Crash {
+        /// Boot that it was served in.
+        boot: String,
+    },
     /// An image file.
     File {
         /// Its inode.
@@ -77,6 +82,8 @@ pub(crate) enum Doubt {
     Undated,
     /// An image file was changed.
     Changed,
+    /// Its ring was lost while the host stayed up, so that the host's counters tell nothing.
+    SameBoot,
     /// It cannot be looked at.
     Unseen(String),
 }
@@ -97,6 +104,7 @@ impl fmt::Display for Doubt {
                 "the host was restarted since, and it begins with no file system that notes its use (ext4, XFS, btrfs)",
             ),
             Self::Changed => f.write_str("the file was changed"),
+            Self::SameBoot => f.write_str("what was under way was lost, and the host was not restarted since"),
             Self::Unseen(error) => write!(f, "it cannot be looked at: {error}"),
         }
     }
@@ -150,6 +158,14 @@ impl Evidence {
     pub(crate) fn check_content(&self, source: &Path) -> Proof {
         let is_device = std::fs::metadata(source)?.file_type().is_block_device();
         match self {
+            Self::Crash { boot }
+                if *boot == attach::boot_text().map_err(|e| Doubt::Unseen(crate::error::chain(&e)))? =>
+            {
+                Err(Doubt::SameBoot)
+            }
+            Self::Crash { .. } if is_device => Ok(()),
+            Self::Crash { .. } if changed_since_boot(source)? => Err(Doubt::Changed),
+            Self::Crash { .. } => Ok(()),
             Self::Device { .. } if !is_device => Err(Doubt::Another),
             Self::Device { .. } if self.is_of_this_boot()? => Ok(()),
             Self::Device { in_use: true, .. } => Err(Doubt::WasInUse),
@@ -160,7 +176,7 @@ impl Evidence {
             Self::File { inode, .. } => match Self::of_file(source)? {
                 now if now == *self => Ok(()),
                 Self::File { inode: now, .. } if now != *inode => Err(Doubt::Another),
-                Self::File { .. } | Self::Device { .. } => Err(Doubt::Changed),
+                Self::File { .. } | Self::Device { .. } | Self::Crash { .. } => Err(Doubt::Changed),
             },
         }
     }
@@ -168,10 +184,15 @@ impl Evidence {
     /// The part that counts: may be asked when the device is served again. `below`: a disk of which the device is a stub, and whose
     /// own counters go back to the start of the host.
     pub(crate) fn check_counters(&self, device: &Path, below: Option<&Path>) -> Proof {
-        let Self::Device { counters, .. } = self else { return Ok(()) };
+        if !std::fs::metadata(device)?.file_type().is_block_device() {
+            return Ok(());
+        }
         let now = Counters::read(device)?;
-        if self.is_of_this_boot()? {
-            return now.unchanged_since(counters);
+        match self {
+            Self::File { .. } => return Ok(()),
+            Self::Device { counters, .. } if self.is_of_this_boot()? => return now.unchanged_since(counters),
+            // Since the host's start.
+            Self::Device { .. } | Self::Crash { .. } => {}
         }
         let fresh = Counters { sequence: now.sequence, written: 0, discarded: 0 };
         now.unchanged_since(&fresh)?;
@@ -220,6 +241,13 @@ impl Counters {
             (written, discarded) => Err(Doubt::Written(written, discarded)),
         }
     }
+}
+
+/// Whether an image file was changed after the host's start.
+fn changed_since_boot(file: &Path) -> io::Result<bool> {
+    let text = std::fs::read_to_string("/proc/stat")?;
+    let started = text.lines().find_map(|line| line.strip_prefix("btime ")?.trim().parse::<i64>().ok());
+    Ok(started.is_none_or(|started| std::fs::metadata(file).map_or(true, |status| status.ctime() >= started)))
 }
 
 fn changed_just_now(file: &Path) -> io::Result<bool> {

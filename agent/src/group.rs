@@ -13,11 +13,13 @@ use farshore_link::quic::SourceLinkConfig;
 use farshore_proto::batch::VolumeDecl;
 use farshore_proto::session::SourceConfig;
 use farshore_proto::{BatchNo, ChainHash, Generation, GroupId, HostId, Incarnation, Name, Now, VolumeIndex};
+use farshore_ring::WritingRange;
 use farshore_streamer::{
     CaptureRing, Granularity, RingSource, StreamerConfig, StreamerHandle, StreamerStatus, VolumeSet,
 };
 use farshore_uring::{Backing, BackingId, DirStorage, FileDevice};
 
+use crate::activity::Activity;
 use crate::alarms::{Alarms, code};
 use crate::attach::{Attached, Predecessor, RingOwner};
 use crate::config::{AgentConfig, CompressionPolicy, GroupPolicy};
@@ -28,7 +30,7 @@ use crate::hooks::Hooks;
 use crate::interpose::{self, Found, Upper};
 use crate::limits::ring_unlocked;
 use crate::points::Cuts;
-use crate::shared::{Shared, sync_alarms};
+use crate::shared::{Marks, Shared, sync_alarms};
 use crate::source::{SourceFile, is_let_go, open_volume};
 use crate::state::{GroupState, StateDir, UblkDisk, VolumeState};
 use crate::supervisor::{RosterDisk, SupervisorLink};
@@ -83,13 +85,15 @@ pub(crate) struct Context {
     pub store: StateDir<DirStorage>,
     pub alarms: Arc<Alarms>,
     pub supervisor: SupervisorLink,
+    /// The host's activity log, where it can be used.
+    pub activity: Option<Arc<Activity>>,
 }
 
 impl Group {
     /// Starts a group from its state: finds its ring, serves its volumes, connects. A volume that cannot be served is left
     /// out with an alarm; the others are served.
     pub(crate) fn start(context: &Context, name: Name, mut state: GroupState) -> Result<Self> {
-        let Context { config, identity, store, alarms, supervisor: _ } = context;
+        let Context { config, identity, store, alarms, supervisor: _, activity } = context;
         let epoch = identity.newest_epoch().ok_or_else(|| Error::failed("identity", "holds no data key"))?;
         let host = HostId::derive(identity.vault, &identity.name);
         let host_key =
@@ -129,7 +133,15 @@ impl Group {
             .filter(|volume| volume.mapped.is_none())
             .filter_map(|volume| Some((volume.index, evidence.get(&volume.index)?.check(&volume.source))))
             .collect();
-        let predecessor = Predecessor { reissued, has_ended: &has_ended };
+        // Where the host went down: only what happened since its start can have been past us.
+        let covered = activity.as_ref().is_some_and(|activity| activity.covers_last());
+        let crash = activity.as_ref().map(|it| Evidence::Crash { boot: it.last_boot().to_owned() });
+        let since_boot: BTreeMap<u16, Proof> = volumes
+            .iter()
+            .filter(|volume| unclean && covered && volume.mapped.is_none())
+            .filter_map(|volume| Some((volume.index, crash.as_ref()?.check(&volume.source))))
+            .collect();
+        let predecessor = Predecessor { reissued, has_ended: &has_ended, covered };
         let attached = owner.attach(&config.ring_dir, config.ring, &mut state, store, &predecessor)?;
         let reissued = predecessor.reissued;
         if unclean && !asked.get() && !has_ended() {
@@ -138,19 +150,29 @@ impl Group {
         if attached.resumed && !evidence.is_empty() {
             store.write_group(&name, &state)?;
         }
-        let in_stream = joined_in_stream(&attached, &state)?;
+        let (in_stream, held) = joined_in_stream(&attached, &state)?;
         if !attached.ring.locked() {
             alarms.raise(code::UNLOCKED, name.as_str(), ring_unlocked(attached.ring.size_bytes()));
         }
         let policy = config.policy(&name);
         let resumed = attached.resumed;
         let ring = Arc::clone(&attached.ring);
-        let capture = CaptureGroup::new(Arc::clone(&ring), capture_config(&policy));
+        let capture = CaptureGroup::new(
+            Arc::clone(&ring),
+            CaptureConfig { activity: activity.as_ref().map(|it| it.of_group(group_id)), ..capture_config(&policy) },
+        );
         let sync_config = SyncConfig { rate: policy.sync_rate, ..SyncConfig::default() };
         let report = sync_alarms(name.clone(), Arc::clone(&capture), Arc::clone(alarms));
         let key = host_key.dedup_key(group_id);
         let sync = SyncThread::start(Arc::clone(&capture), sync_config, key, Restarts::default(), report)?;
-        let shared = Shared::new(name.clone(), capture, sync, Arc::clone(alarms), store.clone(), state.clone());
+        let shared = Shared::new(
+            (name.clone(), group_id),
+            capture,
+            sync,
+            Arc::clone(alarms),
+            (store.clone(), state.clone()),
+            activity.clone(),
+        );
         let open = |volume: &VolumeState| match &volume.mapped {
             None => Some(open_volume(volume, config)),
             Some(_) => found.waiting.get(&volume.index).map(|attached| interpose::open_waiting(volume, attached)),
@@ -164,15 +186,20 @@ impl Group {
             // And where its device is gone, so are the requests that would have come again.
             let gone =
                 volume.ublk.as_ref().is_some_and(|disk| disk.sequence.is_some()) && !reissued.contains(&volume.index);
-            let known = !resumed || (joined && volume.joined && !gone);
+            let known = if resumed { joined && volume.joined && !gone } else { !attached.from_log || volume.joined };
             let content = if known { attached.content } else { Content::Unknown };
+            let marks = match activity {
+                Some(activity) if attached.from_log && known => {
+                    Marks::Log(activity.ranges(&group_id, VolumeIndex(volume.index)))
+                }
+                _ if attached.clean => Marks::Saved,
+                _ => Marks::None,
+            };
             let added = match opened {
                 Some(opened) => opened
-                    .and_then(|file| shared.add(&volume, file, content, joined, attached.clean))
+                    .and_then(|file| shared.add(&volume, file, content, joined, marks))
                     .map(|filter| filters.push((volume.clone(), filter))),
-                None => {
-                    shared.add_pending(&volume, content, joined, attached.clean).map(|()| pending.push(volume.clone()))
-                }
+                None => shared.add_pending(&volume, content, joined, marks).map(|()| pending.push(volume.clone())),
             };
             if let Err(error) = added {
                 shared.volume_failed(&volume, &error);
@@ -185,12 +212,22 @@ impl Group {
                 shared.bypassed(VolumeIndex(volume.index), reason);
             } else if let Some(Err(doubt)) = proof {
                 shared.bypassed(VolumeIndex(volume.index), &doubt.to_string());
-            } else if proof.is_none() && volume.mapped.is_none() && attached.clean && content != Content::Unknown {
+            } else if let Some(Err(doubt)) = since_boot.get(&volume.index).filter(|_| attached.from_log) {
+                shared.bypassed(VolumeIndex(volume.index), &doubt.to_string());
+            } else if proof.is_none()
+                && volume.mapped.is_none()
+                && attached.clean
+                && !attached.from_log
+                && content != Content::Unknown
+            {
                 shared.bypassed(VolumeIndex(volume.index), &Doubt::Nothing.to_string());
             }
         }
-        if resumed {
+        if resumed || attached.lost {
             shared.capture.begin_event();
+        }
+        if resumed && !covered {
+            shared.cover_again(filters.iter().map(|(_, filter)| filter), pending.is_empty(), &held);
         }
         let mut settings = StreamerConfig::new(
             SourceConfig { vault: identity.vault, group: name.clone(), host: identity.name.clone(), host_key },
@@ -207,6 +244,7 @@ impl Group {
             CompressionPolicy::None => None,
             CompressionPolicy::Level(level) => Some(level),
         };
+        settings.log = activity.as_ref().map(|activity| activity.of_stream());
         if policy.every_write {
             settings.granularity = Granularity::Write;
         }
@@ -219,6 +257,10 @@ impl Group {
             Box::new(Hooks::new(Arc::clone(&hooked), in_stream.at_target, !resumed))
         })
         .map_err(|error| Error::failed(format!("group {name}"), crate::error::chain(&error)))?;
+        for volume in &state.volumes {
+            // They are in the ring now, and in the activity log.
+            store.remove_bitmap(&name, volume.index);
+        }
         let group = Self {
             shared,
             ring_file: owner.file(&config.ring_dir),
@@ -246,6 +288,7 @@ impl Group {
         for volume in pending {
             let nothing = "its device was taken out of the path without an orderly stop";
             let known = evidence.get(&volume.index).cloned();
+            let known = known.or_else(|| crash.clone().filter(|_| attached.from_log));
             let trust = known.map_or_else(|| Trust::Compare(nothing.into()), Trust::Evidence);
             if let Err(error) = group.attach_again(VolumeIndex(volume.index), trust) {
                 group.shared.volume_failed(&volume, &error);
@@ -363,7 +406,7 @@ impl Group {
         let served = match place {
             NewPlace::Source(backing) => self
                 .shared
-                .add(&volume, SourceFile(backing), Content::Unknown, false, false)
+                .add(&volume, SourceFile(backing), Content::Unknown, false, Marks::None)
                 .and_then(|filter| self.serve(&volume, filter)),
             NewPlace::Mapped(_) => self.attach_new(VolumeIndex(volume.index)),
         };
@@ -612,27 +655,34 @@ struct Joined {
 
 /// A ring that was found says exactly who joined. With a new one after a clean stop the state does. After a lost ring nobody
 /// knows: all are taken as joined, so that no point is made before all were compared; the target's greeting corrects that.
-fn joined_in_stream(attached: &Attached, state: &GroupState) -> Result<Joined> {
+///
+/// And what a ring that was found holds, or was about to.
+fn joined_in_stream(attached: &Attached, state: &GroupState) -> Result<(Joined, Vec<WritingRange>)> {
     let indices = || state.volumes.iter().map(|volume| VolumeIndex(volume.index));
     if !attached.resumed {
-        let lost = state.compare_everything;
+        let lost = state.compare_everything || attached.lost || attached.from_log;
         let all: BTreeSet<_> = state
             .volumes
             .iter()
             .filter(|volume| lost || volume.joined)
             .map(|volume| VolumeIndex(volume.index))
             .collect();
-        return Ok(Joined { at_target: all.clone(), all });
+        return Ok((Joined { at_target: all.clone(), all }, Vec::new()));
     }
     let mut ring = CaptureRing::new(Arc::clone(&attached.ring))
         .map_err(|error| Error::failed("ring", crate::error::chain(&error)))?;
     let mut flags = ring.load_state().unwrap_or_default().flags;
     let at_target = indices().filter(|index| flags.joined.contains(*index)).collect();
+    let mut held = attached.writing.clone();
     while let Some(entry) = ring.next_entry().map_err(|error| Error::failed("ring", crate::error::chain(&error)))? {
         flags.apply(entry.kind, entry.volume);
+        if entry.kind.changes_content() {
+            held.push(WritingRange { volume: entry.volume.0, offset: entry.offset, length: entry.length });
+        }
     }
     ring.rewind();
-    Ok(Joined { all: indices().filter(|index| flags.joined.contains(*index)).collect(), at_target })
+    let all = indices().filter(|index| flags.joined.contains(*index)).collect();
+    Ok((Joined { all, at_target }, held))
 }
 
 /// Marks what the ring still holds: it is given up, and must be compared.

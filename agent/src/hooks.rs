@@ -13,6 +13,9 @@ use crate::alarms::code;
 use crate::shared::Shared;
 use crate::sync_thread::SyncOrder;
 
+/// Durable batches behind a resync's end until its last marks are surely cleared: sync hears of each on a thread of its own.
+const MARKS_SETTLE: u32 = 2;
+
 /// The group's side of the streamer. Lives on the streamer's thread.
 pub(crate) struct Hooks {
     shared: Arc<Shared>,
@@ -26,12 +29,29 @@ pub(crate) struct Hooks {
     /// No cuts yet: the ring is new, and only the target's greeting tells whether it holds what this stream builds on, and what it
     /// takes for joined.
     hold_cuts: bool,
+    /// What lies behind this ring position was written in this process's life.
+    head_before: u64,
+    /// The target has some of that.
+    heard: bool,
+    /// Batches in a row that became durable and left nothing to be compared.
+    whole_for: u32,
 }
 
 impl Hooks {
     pub(crate) fn new(shared: Arc<Shared>, known_joined: BTreeSet<VolumeIndex>, new_ring: bool) -> Self {
         let cutter = Cutter::new(Arc::clone(&shared.capture));
-        Self { shared, cutter, known_joined, joining: Vec::new(), empty: Vec::new(), hold_cuts: new_ring }
+        let head_before = shared.capture.ring().head();
+        Self {
+            shared,
+            cutter,
+            known_joined,
+            joining: Vec::new(),
+            empty: Vec::new(),
+            hold_cuts: new_ring,
+            head_before,
+            heard: false,
+            whole_for: 0,
+        }
     }
 
     /// Notes which volumes the target must know as joined from now on.
@@ -60,6 +80,10 @@ impl Hooks {
         let group = &self.shared.capture;
         let whole =
             !group.event_open() && !group.ring().is_closed() && group.volumes().iter().all(|volume| volume.joined());
+        self.whole_for = if whole { self.whole_for.saturating_add(1) } else { 0 };
+        if self.whole_for == MARKS_SETTLE {
+            self.shared.activity.iter().for_each(|activity| activity.handle_whole());
+        }
         if whole {
             self.shared.bypass_is_over();
         }
@@ -155,10 +179,17 @@ impl Capture for Hooks {
                 self.shared.sync.tell(SyncOrder::Live { empty: self.empty.clone(), from });
             }
             StreamEvent::Durable(batch) => {
+                self.shared.capture.note_durable(batch.end);
+                if !self.heard && batch.end.0 > self.head_before {
+                    self.heard = true;
+                    self.shared.activity.iter().for_each(|activity| activity.handle_heard(self.shared.id));
+                }
                 self.shared.sync.tell(SyncOrder::Durable(batch.end));
                 self.note_joined(batch.end);
                 if batch.recoverable {
                     self.note_whole();
+                } else {
+                    self.whole_for = 0;
                 }
                 self.shared.points.note(&batch);
             }

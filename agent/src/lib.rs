@@ -5,6 +5,7 @@
 //! `attach.rs`.
 #![forbid(unsafe_code)]
 
+mod activity;
 pub mod agent;
 mod alarms;
 pub mod api;
@@ -31,6 +32,7 @@ mod tests;
 mod verify;
 mod watch;
 
+pub use activity::activity_log_place;
 pub use agent::Agent;
 pub use alarms::Alarm;
 pub use attach::ring_folder;

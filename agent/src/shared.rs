@@ -5,9 +5,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use farshore_blkfilter::{Alarm, BackingFile, CaptureGroup, Content, FilterVolume, VolumeSpec};
-use farshore_proto::{Name, SLOT_BYTES, VolumeIndex};
+use farshore_proto::{GroupId, Name, SLOT_BYTES, VolumeIndex};
+use farshore_ring::WritingRange;
 use farshore_uring::{DirStorage, FileDevice};
 
+use crate::activity::Activity;
 use crate::alarms::{Alarms, code};
 use crate::evidence::{Doubt, Evidence};
 use crate::points::PointBoard;
@@ -27,19 +29,33 @@ pub(crate) struct Shared {
     state: Mutex<GroupState>,
     bookmarks: Mutex<VecDeque<Name>>,
     ring_closed: AtomicU64,
+    pub activity: Option<Arc<Activity>>,
+    pub id: GroupId,
+}
+
+/// What marks there are for a volume that is captured.
+pub(crate) enum Marks {
+    /// None but what is in the ring.
+    None,
+    /// Those that were saved at the last stop, which was in order; without them nothing is known.
+    Saved,
+    /// Ranges that the activity log names: first byte and bytes. And those that were saved, if there are any still.
+    Log(Vec<(u64, u64)>),
 }
 
 impl Shared {
     pub(crate) fn new(
-        name: Name,
+        (name, id): (Name, GroupId),
         capture: Arc<CaptureGroup>,
         sync: SyncThread,
         alarms: Arc<Alarms>,
-        store: StateDir<DirStorage>,
-        state: GroupState,
+        (store, state): (StateDir<DirStorage>, GroupState),
+        activity: Option<Arc<Activity>>,
     ) -> Arc<Self> {
         let shared = Arc::new(Self {
             name,
+            id,
+            activity,
             capture,
             sync,
             alarms,
@@ -160,39 +176,45 @@ impl Shared {
         }
     }
 
-    /// Adds an opened volume to capture and sync. `clean`: the last stop was in order, so the saved marks are complete.
+    /// Adds an opened volume to capture and sync.
     pub(crate) fn add(
         &self,
         volume: &VolumeState,
         file: SourceFile,
         content: Content,
         joined: bool,
-        clean: bool,
+        marks: Marks,
     ) -> Result<Arc<FilterVolume<FileDevice>>> {
-        let filter = self.capture_marked(volume, FileDevice::new(file.0), content, joined, clean)?;
+        let filter = self.capture_marked(volume, FileDevice::new(file.0), content, joined, marks)?;
         self.sync.tell(SyncOrder::Add(Arc::clone(&filter)));
         Ok(filter)
     }
 
-    /// Captures a volume, with the marks that were saved at the last stop if that was in order.
+    /// Captures a volume, with its marks.
     fn capture_marked<F: BackingFile>(
         &self,
         volume: &VolumeState,
         file: F,
         content: Content,
         joined: bool,
-        clean: bool,
+        marks: Marks,
     ) -> Result<Arc<FilterVolume<F>>> {
-        let saved = match clean {
-            // Saved marks that cannot be read are none: everything is compared, and the guest has its volume.
-            true => self.store.read_bitmap(&self.name, volume.index).unwrap_or_else(|error| {
-                tracing::warn!(error = crate::error::chain(&error), "saved marks are lost: the volume is compared");
-                None
-            }),
-            false => None,
+        let read = || self.store.read_bitmap(&self.name, volume.index);
+        let lost = |error: &Error| {
+            tracing::warn!(error = crate::error::chain(error), "saved marks are lost: the volume is compared");
         };
-        // A clean start without marks knows nothing of the volume.
-        let content = if clean && saved.is_none() { Content::Unknown } else { content };
+        let (saved, ranges, content) = match marks {
+            Marks::None => (None, Vec::new(), content),
+            // Without marks nothing is known of the volume; those that cannot be read are none. The guest has its volume.
+            Marks::Saved => match read().inspect_err(lost) {
+                Ok(Some(words)) => (Some(words), Vec::new(), content),
+                Ok(None) | Err(_) => (None, Vec::new(), Content::Unknown),
+            },
+            Marks::Log(ranges) => match read().inspect_err(lost) {
+                Ok(saved) => (saved, ranges, content),
+                Err(_) => (None, ranges, Content::Unknown),
+            },
+        };
         let filter = self.capture_volume(volume, file, content, joined)?;
         if let (Some(words), Some(captured)) = (saved, self.capture.volume(VolumeIndex(volume.index))) {
             for (at, word) in words.iter().enumerate() {
@@ -204,13 +226,48 @@ impl Shared {
                 }
             }
         }
+        if let Some(captured) = self.capture.volume(VolumeIndex(volume.index)) {
+            for (offset, len) in ranges.into_iter().filter(|(offset, _)| *offset < captured.size()) {
+                self.capture.mark_missing(&captured, offset, len.min(captured.size() - offset));
+            }
+        }
+        self.settle(VolumeIndex(volume.index));
         Ok(filter)
+    }
+
+    /// Has the activity log cover what is marked, and waits for it.
+    pub(crate) fn settle(&self, index: VolumeIndex) {
+        if let (Some(activity), Some(number)) = (&self.activity, self.capture.settle(index)) {
+            activity.wait_answered(number);
+        }
+    }
+
+    /// A ring was found, and no log that covers what the last process did: what is not durable at the target is in the ring, and the rest
+    /// has to be stable here. `whole`: every volume is among `filters`.
+    pub(crate) fn cover_again<'a>(
+        &self,
+        filters: impl Iterator<Item = &'a Arc<FilterVolume<FileDevice>>>,
+        whole: bool,
+        held: &[WritingRange],
+    ) {
+        let Some(activity) = &self.activity else { return };
+        for WritingRange { volume, offset, length } in held.iter().copied() {
+            if let Some(volume) = self.capture.volume(VolumeIndex(volume)).filter(|it| offset + length <= it.size()) {
+                self.capture.cover(&volume, offset, length);
+            }
+        }
+        let stable =
+            filters.map(|filter| filter.file().backing().file.sync_data()).filter(|synced| synced.is_err()).count()
+                == 0;
+        if !stable || !whole || !self.captures_all() {
+            activity.spoil("a volume of an earlier process could not be flushed");
+        }
     }
 
     /// Captures a volume that is put below its device only later. Until then nobody knows whether it is written past us, so no
     /// point may claim to be whole: a slot of it counts as missing, and sync does not have it.
-    pub(crate) fn add_pending(&self, volume: &VolumeState, content: Content, joined: bool, clean: bool) -> Result<()> {
-        self.capture_marked(volume, Absent::new(volume), content, joined, clean)?;
+    pub(crate) fn add_pending(&self, volume: &VolumeState, content: Content, joined: bool, marks: Marks) -> Result<()> {
+        self.capture_marked(volume, Absent::new(volume), content, joined, marks)?;
         if let Some(captured) = self.capture.volume(VolumeIndex(volume.index)) {
             self.capture.mark_missing(&captured, 0, SLOT_BYTES.min(captured.size()));
         }
@@ -223,10 +280,12 @@ impl Shared {
         volume: &VolumeState,
         file: FileDevice,
     ) -> Result<Arc<FilterVolume<FileDevice>>> {
-        match self.capture.volume(VolumeIndex(volume.index)) {
+        let filter = match self.capture.volume(VolumeIndex(volume.index)) {
             None => self.capture_volume(volume, file, Content::Unknown, false),
             Some(captured) => self.capture_volume(volume, file, Content::AsMarked, captured.joined()),
-        }
+        }?;
+        self.settle(VolumeIndex(volume.index));
+        Ok(filter)
     }
 
     fn capture_volume<F: BackingFile>(
@@ -264,6 +323,7 @@ impl Shared {
         if let Err(error) = self.capture_volume(volume, Absent::new(volume), Content::Unknown, joined) {
             tracing::error!(error = crate::error::chain(&error), "an absent volume cannot be marked");
         }
+        self.settle(VolumeIndex(volume.index));
     }
 
     /// A volume was, or may have been, written past us: all of it is compared.
@@ -275,6 +335,7 @@ impl Shared {
         self.alarms.raise(code::WRITTEN_PAST, &subject, text);
         // Unknown only if it left the group meanwhile.
         let _ = self.capture.resync(index);
+        self.settle(index);
     }
 
     /// What shows at the next start whether a volume that is not served any more was written.

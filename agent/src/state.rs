@@ -23,6 +23,7 @@ const FORMAT: u32 = 1;
 const GROUP_FORMAT: u32 = 4;
 const IDENTITY: &str = "agent.toml";
 const GROUPS: &str = "groups";
+const ACTIVITY: &str = "activity.toml";
 const BITMAP_MAGIC: &[u8; 8] = b"FSBITMP1";
 /// Longest state file that is read: far above a group of the most volumes.
 const STATE_BYTES_MAX: u64 = 1 << 20;
@@ -100,6 +101,22 @@ pub struct VolumeState {
     /// What verify knows of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verify: Option<VerifyState>,
+}
+
+/// What is kept of the host's activity log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LogState {
+    /// Layout version: 1.
+    pub format: u32,
+    /// Where it is.
+    pub path: PathBuf,
+    /// Random number of its life, hexadecimal.
+    pub life: String,
+    /// It covers every write: what it does not name cannot differ.
+    pub upheld: bool,
+    /// Boot that the life is of.
+    pub boot: String,
 }
 
 /// A device-mapper device whose requests we are put below of.
@@ -187,6 +204,12 @@ pub fn look(folder: &Path) -> Result<Groups> {
     Ok(state.groups()?.into_iter().filter_map(read).collect())
 }
 
+/// What the state directory says of the activity log, for those who do not take the directory. `None`: nothing.
+pub(crate) fn look_at_log(folder: &Path) -> Option<LogState> {
+    let storage = farshore_uring::DirStorage::open(folder).ok()?;
+    StateDir { storage, shown: folder.to_owned() }.read_log_state().ok()?
+}
+
 /// The state directory of one agent.
 #[derive(Clone)]
 pub struct StateDir<S> {
@@ -268,6 +291,30 @@ impl<S: Storage> StateDir<S> {
         let path = group_file(group);
         let removed = self.storage.remove(&path).and_then(|()| self.storage.sync_dir(Path::new(GROUPS)));
         removed.map_err(|e| Error::io("remove", &self.shown.join(path), e))
+    }
+
+    /// What was kept of the activity log; `None`: nothing yet.
+    ///
+    /// # Errors
+    /// [`Error::State`] for a damaged file.
+    pub fn read_log_state(&self) -> Result<Option<LogState>> {
+        self.read_document(Path::new(ACTIVITY))
+    }
+
+    /// Replaces what is kept of the activity log, durably.
+    ///
+    /// # Errors
+    /// When it cannot be written; it is as before then.
+    pub fn write_log_state(&self, state: &LogState) -> Result<()> {
+        self.write_document(Path::new(ACTIVITY), state)
+    }
+
+    /// Removes the marks that were saved at the last stop: they are kept elsewhere from now on. That they stay would do no harm, but
+    /// for a compare more than needed.
+    pub fn remove_bitmap(&self, group: &Name, volume: u16) {
+        if let Err(error) = self.storage.remove(&bitmap_file(group, volume)) {
+            tracing::debug!(%group, volume, %error, "saved marks stay");
+        }
     }
 
     /// Saves the slots with a bit set, durably.

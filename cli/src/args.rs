@@ -375,6 +375,9 @@ pub(crate) struct AgentRun {
     /// Folder for ring files (a tmpfs).
     #[arg(long)]
     pub ring_dir: Option<PathBuf>,
+    /// File or block device of the activity log; never on a protected volume. Default: activity.log in the state directory.
+    #[arg(long)]
+    pub activity_log: Option<PathBuf>,
     /// Admin socket.
     #[arg(long, env = "FARSHORE_AGENT_SOCKET")]
     pub socket: Option<PathBuf>,

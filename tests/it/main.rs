@@ -4,6 +4,7 @@
 //! check compares times. Tests under `clients` need programs that are not ours (`cargo xtask test clients`).
 #![forbid(unsafe_code)]
 
+mod activity;
 mod cli;
 mod clients;
 mod faults;

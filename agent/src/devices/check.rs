@@ -42,6 +42,7 @@ pub(crate) fn own_files(config: &AgentConfig) -> Vec<Own> {
     let mut add = |what, path: Option<&Path>| own.extend(path.map(|path| Own { what, path: path.to_owned() }));
     add("state directory", Some(&config.state));
     add("ring folder", Some(&config.ring_dir));
+    add("activity log", config.activity_log.as_deref());
     add("identity", Some(&config.identity));
     add("configuration", config.file.as_deref());
     add("admin socket's folder", config.socket.parent());

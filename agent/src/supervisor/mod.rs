@@ -63,6 +63,7 @@ use self::roster::{Process, Roster};
 pub(crate) use self::roster::{RosterDisk, forget_bypassed, was_bypassed};
 use self::upgrade::{Checked, Reply, Trial};
 use self::watch::Watch;
+use crate::activity::activity_log_place;
 use crate::attach::ring_folder;
 use crate::config::AgentConfig;
 use crate::frontend::may_survive;
@@ -154,6 +155,7 @@ struct Supervisor<'a> {
 /// Another agent of this host runs; the sockets or this program cannot be used.
 pub fn run(config: &AgentConfig, host: &Name, command: WorkerCommand, notify: &dyn Fn(Notice)) -> Result<i32> {
     ring_folder(&config.ring_dir)?;
+    activity_log_place(config)?;
     let _lock = lock(&config.ring_dir, host)?;
     host::settle();
     let image = Image::own()?;

@@ -8,6 +8,7 @@ use farshore_proto::{Position, VolumeIndex};
 use farshore_uring::{BackingOptions, open_backing};
 
 use super::rig::{name, shared_without, volume};
+use crate::shared::Marks;
 use crate::source::SourceFile;
 use crate::sync_thread::SyncOrder;
 
@@ -22,7 +23,7 @@ fn a_join_is_on_disk_before_it_is_said() {
     let image = folder.path().join("image");
     std::fs::File::create(&image).and_then(|file| file.set_len(volume.size)).expect("room");
     let backing = open_backing(&image, BackingOptions::default()).expect("a good image");
-    shared.add(&volume, SourceFile(backing), Content::Unknown, false, false).expect("room");
+    shared.add(&volume, SourceFile(backing), Content::Unknown, false, Marks::None).expect("room");
     // The target holds nothing: all is sent, and nothing need be answered.
     shared.sync.tell(SyncOrder::Live { empty: vec![VolumeIndex(0)], from: Position(0) });
     loop {

@@ -74,7 +74,8 @@ pub(super) fn shared_without(volumes: &[VolumeState]) -> (TempDir, Arc<Shared>) 
     let sync = SyncThread::start(Arc::clone(&capture), SyncConfig::default(), key(), Restarts::default(), |_| {})
         .expect("a thread");
     let state = GroupState { volumes: volumes.to_vec(), next_volume: 16, ..GroupState::new() };
-    let shared = Shared::new(name("g"), capture, sync, Arc::<Alarms>::default(), store, state);
+    let shared =
+        Shared::new((name("g"), GroupId([7; 16])), capture, sync, Arc::<Alarms>::default(), (store, state), None);
     (folder, shared)
 }
 
@@ -110,6 +111,8 @@ impl Rig {
             direct: true,
             worker_gap_max: Duration::from_secs(5),
             worker_hang_max: Duration::from_secs(2),
+            activity_log: None,
+            al_extents: 1024,
             groups: BTreeMap::new(),
             file: None,
         };

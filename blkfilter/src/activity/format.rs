@@ -95,6 +95,12 @@ pub(super) enum Read<T> {
     Whole(T),
 }
 
+/// Whether what begins with these bytes is, or was, an activity log.
+#[must_use]
+pub fn is_log(start: &[u8]) -> bool {
+    start.starts_with(MAGIC_LOG)
+}
+
 /// Position of a transaction's block in the file, bytes.
 pub(super) fn transaction_at(number: u64) -> u64 {
     (1 + index_of(number)) as u64 * BLOCK as u64

@@ -116,14 +116,17 @@ enum Place {
 pub struct FlushJob(Vec<Arc<VolumeActivity>>);
 
 impl FlushJob {
-    /// Flushes. Then [`Keeper::handle_flushed`].
-    pub fn run(self) {
+    /// Flushes. Then [`Keeper::handle_flushed`]. `false`: not all could be; extents of those stay.
+    #[must_use]
+    pub fn run(self) -> bool {
+        let mut all = true;
         for volume in self.0 {
             if let Err(error) = volume.flush() {
-                // Its extents stay.
                 tracing::debug!(volume = ?volume.key, %error, "a volume could not be flushed for the activity log");
+                all = false;
             }
         }
+        all
     }
 }
 
@@ -285,10 +288,11 @@ impl<F: StorageFile> Keeper<F> {
     /// The file's, or that there is no room for marks. What was asked for is not lost: [`Self::begin`], then a turn, answers it.
     pub fn turn(&mut self) -> io::Result<Turn> {
         if !self.sound {
-            return Err(io::Error::other("the activity log has to be written anew first"));
+            return Err(not_sound());
         }
         let result = self.answer();
         self.sound = result.is_ok();
+        self.publish_marked();
         let starved = result?;
         if self.log.passes() && self.log.answered() == self.log.asked() {
             self.log.passing.store(false, Ordering::SeqCst);
@@ -396,13 +400,10 @@ impl<F: StorageFile> Keeper<F> {
 
     /// What is changed on disk: marks first, then the table. Durable when this returns.
     fn write(&mut self, changes: &[(u32, Option<Extent>)]) -> io::Result<()> {
-        if self.marks.is_changed() && !changes.is_empty() {
-            self.marks.write(&*self.file, &self.id)?;
-            self.file.sync()?;
-        }
         if changes.is_empty() {
             return Ok(());
         }
+        self.write_marks()?;
         for chunk in changes.chunks(CHANGES_MAX) {
             self.write_transaction(chunk.to_vec())?;
         }
@@ -501,10 +502,7 @@ impl<F: StorageFile> Keeper<F> {
                 self.marks.add(extent, mask)?;
             }
         }
-        if self.marks.is_changed() {
-            self.marks.write(&*self.file, &self.id)?;
-            self.file.sync()?;
-        }
+        self.write_marks()?;
         volume.settled.store(true, Ordering::Release);
         Ok(())
     }
@@ -530,27 +528,46 @@ impl<F: StorageFile> Keeper<F> {
         self.forget(&known);
     }
 
-    /// Clears marks that are not needed any more; on disk with the next write. For every few seconds: it looks at all of them.
-    pub fn tidy(&mut self) {
-        let log = &self.log;
-        let (owners, state) = (&self.owners, &self.state);
-        let mut cache: BTreeMap<VolumeKey, Option<Arc<VolumeActivity>>> = BTreeMap::new();
-        let cell = std::cell::RefCell::new(&mut cache);
+    /// Clears marks that are not needed any more, durably. For every few seconds, and when a resync has ended: it looks at all of them.
+    ///
+    /// # Errors
+    /// As [`Self::turn`].
+    pub fn tidy(&mut self) -> io::Result<()> {
+        if !self.sound {
+            return Err(not_sound());
+        }
+        let (log, owners, state) = (&self.log, &self.owners, &self.state);
+        let mut known: BTreeMap<VolumeKey, Option<Arc<VolumeActivity>>> = BTreeMap::new();
         self.marks.tidy(|extent, until| {
-            let mut cache = cell.borrow_mut();
-            let volume = cache.entry(extent.volume).or_insert_with(|| log.volume(extent.volume)).as_ref()?;
-            if !volume.settled.load(Ordering::Acquire) || volume.durable.load(Ordering::Acquire) < until {
-                return None;
+            // While it is active, on disk, nothing has to be marked; what it will need is found when it leaves.
+            if owners.get(&extent).is_some_and(|place| state[*place as usize] == Place::Active) {
+                return Some(0);
             }
-            // While it is active nothing has to be marked, and what it will need is found when it leaves.
-            let active = owners.get(&extent).is_some_and(|place| state[*place as usize] == Place::Active);
-            if active { None } else { Some(volume.marked(extent.number)) }
+            let volume = known.entry(extent.volume).or_insert_with(|| log.volume(extent.volume)).as_ref()?;
+            let is_known = volume.settled.load(Ordering::Acquire) && volume.durable.load(Ordering::Acquire) >= until;
+            is_known.then(|| volume.marked(extent.number))
         });
+        let written = self.write_marks();
+        self.sound = written.is_ok();
+        self.publish_marked();
+        written
+    }
+
+    fn publish_marked(&self) {
+        self.log.marked.store(self.marks.count(), Ordering::Relaxed);
+    }
+
+    fn write_marks(&mut self) -> io::Result<()> {
+        if self.marks.is_changed() {
+            self.marks.write(&*self.file, &self.id)?;
+            self.file.sync()?;
+        }
+        Ok(())
     }
 
     /// Extents that have a mark.
     #[must_use]
-    pub fn marked(&self) -> usize {
+    pub fn marked(&self) -> u64 {
         self.marks.count()
     }
 }
@@ -586,6 +603,10 @@ fn forget_place(volume: &VolumeActivity, extent: Extent, place: u32) {
     let none = |word: u64| (place_of(word) == Some(place as usize)).then_some(word & ((1 << PLACE_SHIFT) - 1));
     // `Err`: it has none, or another.
     let _ = word.fetch_update(Ordering::SeqCst, Ordering::Acquire, none);
+}
+
+fn not_sound() -> io::Error {
+    io::Error::other("the activity log has to be written anew first")
 }
 
 struct ReadLog {

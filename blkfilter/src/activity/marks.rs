@@ -21,6 +21,8 @@ pub(super) struct Marks {
     changed: BTreeSet<(VolumeKey, u32)>,
     /// Pairs that no page has, with the sequence number from which on the next one counts.
     free: Vec<(u64, u64)>,
+    /// Extents with a mark.
+    count: u64,
     pairs: u64,
 }
 
@@ -67,7 +69,12 @@ impl Marks {
                 }
             }
         }
+        marks.recount();
         Ok(Some(marks))
+    }
+
+    fn recount(&mut self) {
+        self.count = self.iter().count() as u64;
     }
 
     /// The extents that have a mark.
@@ -83,8 +90,8 @@ impl Marks {
     }
 
     /// Extents that have a mark.
-    pub(super) fn count(&self) -> usize {
-        self.iter().count()
+    pub(super) fn count(&self) -> u64 {
+        self.count
     }
 
     /// The slots of `extent` are marked by `mask`, which replaces what was there; needed until `until` is durable.
@@ -103,8 +110,9 @@ impl Marks {
             }
         };
         held.until[at] = until;
-        if held.page.masks[at] != mask {
-            held.page.masks[at] = mask;
+        let before = std::mem::replace(&mut held.page.masks[at], mask);
+        if before != mask {
+            self.count = self.count + u64::from(mask != 0) - u64::from(before != 0);
             self.changed.insert(key);
         }
         Ok(())
@@ -133,7 +141,7 @@ impl Marks {
     }
 
     /// Looks at every marked extent again. `now` gives the mark that it needs now, if nothing but what is known now is needed.
-    pub(super) fn tidy(&mut self, now: impl Fn(Extent, u64) -> Option<u64>) {
+    pub(super) fn tidy(&mut self, mut now: impl FnMut(Extent, u64) -> Option<u64>) {
         let mut found = Vec::new();
         for (extent, mask) in self.iter() {
             let (key, at) = place(extent);
@@ -159,6 +167,7 @@ impl Marks {
             keep
         });
         self.changed.retain(|(volume, _)| known(*volume));
+        self.recount();
     }
 
     /// Every page is written by the next [`Self::write`].

@@ -37,6 +37,7 @@ use farshore_proto::{GroupId, LogMark, SLOT_BYTES, VolumeIndex};
 use farshore_ring::{Bitmap, Ring};
 use farshore_uring::Waker;
 
+pub use format::is_log;
 pub use keeper::{FlushJob, Found, Keeper, KeeperConfig, Loaded, Turn};
 
 use keeper::Ask;
@@ -110,6 +111,7 @@ pub struct ActivityLog {
     passing: AtomicBool,
     /// Requests that did not wait for the log.
     passed: AtomicU64,
+    marked: AtomicU64,
     session: AtomicU64,
     number: Arc<AtomicU64>,
     volumes: Mutex<BTreeMap<VolumeKey, Arc<VolumeActivity>>>,
@@ -133,6 +135,7 @@ impl ActivityLog {
             answered_count: AtomicU64::new(0),
             passing: AtomicBool::new(false),
             passed: AtomicU64::new(0),
+            marked: AtomicU64::new(0),
             session: AtomicU64::new(0),
             number: Arc::default(),
             volumes: Mutex::default(),
@@ -174,6 +177,12 @@ impl ActivityLog {
     #[must_use]
     pub fn passed(&self) -> u64 {
         self.passed.load(Ordering::Relaxed)
+    }
+
+    /// Extents, of all volumes, that are not active and have slots marked.
+    #[must_use]
+    pub fn marked(&self) -> u64 {
+        self.marked.load(Ordering::Relaxed)
     }
 
     /// Where the log is now: goes into every batch, read when the batch is made.

@@ -72,11 +72,11 @@ impl Logged {
         if self.rng.chance(1, 2)
             && let Some(job) = self.keeper.poll_flush()
         {
-            job.run();
+            let _ = job.run();
             self.keeper.handle_flushed();
         }
         if self.rng.chance(1, 20) {
-            self.keeper.tidy();
+            let _ = self.keeper.tidy();
         }
         if self.rng.chance(1, 200) {
             self.keeper.handle_heard();
@@ -285,7 +285,7 @@ impl Bare {
 
     fn flush(&mut self) {
         if let Some(job) = self.keeper.poll_flush() {
-            job.run();
+            assert!(job.run());
             self.keeper.handle_flushed();
         }
     }

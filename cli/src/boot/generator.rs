@@ -92,8 +92,14 @@ impl Input {
         let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap_or_default();
         let mut mounts = fstab(&read("etc/fstab"));
         mounts.extend(mount_units(&root.join("etc/systemd/system")));
-        let own =
-            [Some(folder), file.identity, Some("/etc/farshore".into()), std::env::current_exe().ok(), file.ring_dir];
+        let own = [
+            Some(folder),
+            file.identity,
+            Some("/etc/farshore".into()),
+            std::env::current_exe().ok(),
+            file.ring_dir,
+            file.activity_log,
+        ];
         let own = own.into_iter().flatten().collect();
         let mut input =
             Self { volumes, own, mounts, crypttab: crypttab(&read("etc/crypttab")), links: BTreeMap::new() };

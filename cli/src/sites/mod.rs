@@ -41,6 +41,8 @@ pub const HOST: &str = "source";
 pub struct SitesConfig {
     /// The `farshore` binary.
     pub binary: PathBuf,
+    /// What the agent is started with, where that is not the binary itself: a program that becomes it, with its arguments.
+    pub agent_program: Option<PathBuf>,
     /// Folder for everything; must exist.
     pub dir: PathBuf,
     /// Folder of the target's data; none: below `dir`.
@@ -74,6 +76,7 @@ impl SitesConfig {
     pub fn new(binary: impl Into<PathBuf>, dir: impl Into<PathBuf>) -> Self {
         Self {
             binary: binary.into(),
+            agent_program: None,
             dir: dir.into(),
             target_data: None,
             ring: 64 << 20,
@@ -181,7 +184,10 @@ impl Sites {
                 command.args(["netns", "exec", namespace]).arg(&self.config.binary);
                 command
             }
-            Some(_) | None => Command::new(&self.config.binary),
+            Some(_) | None => {
+                let program = self.config.agent_program.as_ref().filter(|_| role == "agent");
+                Command::new(program.unwrap_or(&self.config.binary))
+            }
         };
         let mut child = command
             .args([role, "run", "--config"])

@@ -1,0 +1,607 @@
+//! The host's activity log: its file, the threads that keep it, and what the state directory says about it.
+//!
+//! ```text
+//! farshore-log      turns the keeper: waits for the log's disk alone
+//! farshore-flush    flushes backing devices, so that extents can leave
+//! farshore-stall    lets guests go on when the log keeps them for `stall_max`; waits for no disk
+//! farshore-cover    records in the state directory whether the log covers everything: waits for that disk alone
+//! ```
+//!
+//! Crash safety (I4). The state directory names the life whose log is to be believed, and whether it covered everything:
+//! 1. it says so only when it does: all groups were started, and all that was asked for was answered;
+//! 2. before a request goes past the log, recording the opposite has begun (at half of `stall_max`); if that fails too, an alarm says so
+//!    until it succeeds;
+//! 3. a log of another life than the one named is not believed.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::fs::{File, TryLockError};
+use std::io::{self, Read};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use farshore_blkfilter::activity::{
+    ActivityLog, FlushJob, Found, GroupActivity, Keeper, KeeperConfig, Loaded, VolumeKey, is_log,
+};
+use farshore_proto::{GroupId, HostId, LogMark, Now, VolumeIndex};
+use farshore_streamer::StreamLog;
+use farshore_uring::{DirFile, DirStorage, OpenMode, Storage};
+use serde_json::{Value, json};
+
+use crate::alarms::{Alarms, code};
+use crate::attach::boot_text;
+use crate::config::AgentConfig;
+use crate::state::{LogState, StateDir, look_at_log};
+use crate::{Error, Result, clock};
+
+/// Name of the log in the state directory.
+const FILE: &str = "activity.log";
+/// How long another process may still hold the log: a worker that was killed a moment ago.
+const LOCK_WAIT: Duration = Duration::from_secs(5);
+/// Between two looks at marks that may not be needed any more.
+const TIDY: Duration = Duration::from_secs(10);
+/// Between two attempts to write a log, or a state, that failed.
+const RETRY: Duration = Duration::from_secs(1);
+/// The log has to cover everything for so long before that is recorded again: a disk that is slow now and then would have the
+/// state written all the time.
+const CALM: Duration = Duration::from_secs(10);
+/// Pause after a flush that failed.
+const FLUSH_PAUSE: Duration = Duration::from_millis(100);
+/// Longest wait of a start until the log covers what is marked. Guests wait all the while.
+const SETTLE_MAX: Duration = Duration::from_secs(5);
+
+/// The log and its threads. They end when this is dropped.
+pub(crate) struct Activity {
+    inner: Arc<Inner>,
+    loaded: Loaded,
+    path: PathBuf,
+    last_boot: String,
+    /// Groups that there were at the start.
+    groups: BTreeSet<GroupId>,
+    threads: Vec<JoinHandle<()>>,
+    /// No two agents write one log.
+    _lock: Option<File>,
+}
+
+struct Inner {
+    log: Arc<ActivityLog>,
+    alarms: Arc<Alarms>,
+    store: StateDir<DirStorage>,
+    /// What is recorded, with the right session.
+    record: Mutex<Record>,
+    state: Mutex<Signals>,
+    changed: Condvar,
+    stall_max: Duration,
+    /// The last life's log covered everything, so this one does from its first moment.
+    covers_last: bool,
+    /// Something happened that the log can never make up for in this life.
+    spoilt: AtomicBool,
+}
+
+/// What the recorder has to do.
+struct Record {
+    kept: LogState,
+    wanted: bool,
+    /// Since when `wanted` is what it is.
+    since: Now,
+}
+
+#[derive(Default)]
+struct Signals {
+    work: bool,
+    flushed: bool,
+    stop: bool,
+    /// All groups were started, or their state says that they are to be compared.
+    started: bool,
+    /// Groups whose target has a batch of this life.
+    heard: BTreeSet<GroupId>,
+    forget_lives: bool,
+    /// Marks may not be needed any more.
+    tidy: bool,
+}
+
+impl Activity {
+    /// Opens the log and begins a life of it. `groups`: every group that has state, whether or not it can be started. `None`: there is
+    /// none in this life, and an alarm says so.
+    ///
+    /// # Errors
+    /// [`Error::Refused`]: something else is where the log should be, or another agent's log.
+    pub(crate) fn start(
+        config: &AgentConfig,
+        host: HostId,
+        store: &StateDir<DirStorage>,
+        alarms: &Arc<Alarms>,
+        groups: &[GroupId],
+    ) -> Result<Option<Self>> {
+        let path = place(config);
+        let before = store.read_log_state().unwrap_or_else(|error| {
+            tracing::warn!(error = crate::error::chain(&error), "nothing is known of the last activity log");
+            None
+        });
+        let ours = config.activity_log.is_none() || before.as_ref().is_some_and(|state| state.path == path);
+        refuse_foreign(&path, ours)?;
+        let failed = |what: &str, error: &io::Error| {
+            let text = format!("{what} {}: {error}; after a crash of the host everything is compared", path.display());
+            alarms.raise(code::ACTIVITY, "", text);
+        };
+        let opened = open(&path).and_then(|(file, lock)| {
+            let random = (fresh()?, u64::from_le_bytes(fresh()?));
+            Ok((Keeper::open(file, KeeperConfig { places: config.al_extents, owner: host.0 }, random)?, lock))
+        });
+        let ((mut keeper, loaded), lock) = match opened {
+            Ok(opened) => opened,
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => return Err(refused(&path, &error.to_string())),
+            Err(error) => {
+                failed("cannot open", &error);
+                store.write_log_state(&LogState::uncovered(&path))?;
+                return Ok(None);
+            }
+        };
+        if let Found::Damaged(reason) = &loaded.found {
+            tracing::warn!(path = %path.display(), reason, "the activity log is damaged: a new one is made");
+        }
+        let covers_last = before.as_ref().is_some_and(|state| state.covers(&loaded));
+        let known: BTreeSet<[u8; 8]> = groups.iter().map(|group| VolumeKey::new(group, VolumeIndex(0)).group).collect();
+        keeper.retain(|volume| known.contains(&volume.group));
+        if let Err(error) = keeper.begin() {
+            failed("cannot write", &error);
+            store.write_log_state(&LogState::uncovered(&path))?;
+            return Ok(None);
+        }
+        alarms.clear(code::ACTIVITY, "");
+        let mark = keeper.log().mark();
+        let kept = LogState::new(&path, mark.session, covers_last, boot_text()?);
+        store.write_log_state(&kept)?;
+        let policies = config.groups.values().map(|policy| policy.stall_max);
+        let inner = Arc::new(Inner {
+            log: Arc::clone(keeper.log()),
+            alarms: Arc::clone(alarms),
+            store: store.clone(),
+            record: Mutex::new(Record { wanted: kept.upheld, kept, since: clock::now() }),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            stall_max: policies.chain([crate::config::GroupPolicy::default().stall_max]).min().unwrap_or_default(),
+            covers_last,
+            spoilt: AtomicBool::new(false),
+        });
+        // The log must not keep alive what keeps it.
+        let wake = Arc::downgrade(&inner);
+        inner.log.set_waker(move || _ = wake.upgrade().map(|inner| inner.signal(|state| state.work = true)));
+        let last_boot = before.map(|state| state.boot).unwrap_or_default();
+        tracing::info!(
+            path = %path.display(), found = ?loaded.found, active = loaded.active(), covers_last, "activity log"
+        );
+        let threads = inner.spawn(keeper)?;
+        Ok(Some(Self {
+            inner,
+            loaded,
+            path,
+            last_boot,
+            groups: groups.iter().copied().collect(),
+            threads,
+            _lock: lock,
+        }))
+    }
+
+    /// What a group's queues need of it.
+    pub(crate) fn of_group(&self, group: GroupId) -> GroupActivity {
+        GroupActivity { log: Arc::clone(&self.inner.log), group }
+    }
+
+    /// The last life's log is whole and covered everything: where a ring is lost, what it says is all that may differ.
+    pub(crate) fn covers_last(&self) -> bool {
+        self.inner.covers_last
+    }
+
+    /// Boot of the last life.
+    pub(crate) fn last_boot(&self) -> &str {
+        &self.last_boot
+    }
+
+    /// Ranges of a volume that may differ, by the last life's log: first byte and bytes.
+    pub(crate) fn ranges(&self, group: &GroupId, volume: VolumeIndex) -> Vec<(u64, u64)> {
+        self.loaded.ranges(group, volume)
+    }
+
+    /// For a stream. What was unknown after the last life is marked by what the log says by then, or everything is.
+    pub(crate) fn of_stream(&self) -> StreamLog {
+        let lives = if self.loaded.found == Found::Whole { self.loaded.lives.clone() } else { Vec::new() };
+        let log = Arc::clone(&self.inner.log);
+        StreamLog { lives, now: Arc::new(move || log.mark()) }
+    }
+
+    /// Waits until so much was answered, but not for ever: guests wait, too.
+    pub(crate) fn wait_answered(&self, number: u64) {
+        let end = clock::now().plus(SETTLE_MAX);
+        let mut state = self.inner.state();
+        while self.inner.log.answered() < number {
+            let left = end.since(clock::now());
+            if left.is_zero() {
+                drop(state);
+                self.spoil("what is marked could not be written to it in time");
+                return;
+            }
+            state = self.inner.wait(state, left);
+        }
+    }
+
+    /// What was there before cannot be covered any more, in this life.
+    pub(crate) fn spoil(&self, reason: &str) {
+        tracing::warn!(reason, "the activity log does not cover everything until the next start");
+        self.inner.spoilt.store(true, Ordering::Release);
+        self.inner.want(false);
+    }
+
+    /// All groups have been started: from here on the log can cover everything.
+    pub(crate) fn handle_started(&self) {
+        self.inner.signal(|state| {
+            state.started = true;
+            state.work = true;
+        });
+    }
+
+    /// The target of a group has a batch of this life. When those of all groups have, earlier lives need not be remembered.
+    pub(crate) fn handle_heard(&self, group: GroupId) {
+        let mut state = self.inner.state();
+        if state.heard.insert(group) && self.groups.is_subset(&state.heard) {
+            state.forget_lives = true;
+            state.work = true;
+            self.inner.changed.notify_all();
+        }
+    }
+
+    /// A resync has ended.
+    pub(crate) fn handle_whole(&self) {
+        self.inner.signal(|state| {
+            state.tidy = true;
+            state.work = true;
+        });
+    }
+
+    /// For `status`.
+    pub(crate) fn document(&self, group: &GroupId, volumes: impl Iterator<Item = VolumeIndex>) -> Value {
+        let log = &self.inner.log;
+        json!({
+            "path": self.path,
+            "covers": self.inner.record().kept.upheld && !log.passes(),
+            "extents_max": log.places(),
+            "active_extents": volumes.map(|volume| log.active(VolumeKey::new(group, volume))).sum::<u64>(),
+            "marked_extents": log.marked(),
+            "activations": log.asked(),
+            "passed": log.passed(),
+        })
+    }
+}
+
+impl Drop for Activity {
+    fn drop(&mut self) {
+        self.inner.signal(|state| state.stop = true);
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the activity log died of a panic");
+            }
+        }
+    }
+}
+
+impl Inner {
+    fn state(&self) -> MutexGuard<'_, Signals> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn record(&self) -> MutexGuard<'_, Record> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn signal(&self, change: impl FnOnce(&mut Signals)) {
+        change(&mut self.state());
+        self.changed.notify_all();
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, Signals>, limit: Duration) -> MutexGuard<'a, Signals> {
+        self.changed.wait_timeout(state, limit).unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// Sleeps; `true`: it is time to end.
+    fn sleep(&self, time: Duration) -> bool {
+        let end = clock::now().plus(time);
+        let mut state = self.state();
+        while !state.stop {
+            let left = end.since(clock::now());
+            if left.is_zero() {
+                return false;
+            }
+            state = self.wait(state, left);
+        }
+        true
+    }
+
+    fn spawn(self: &Arc<Self>, keeper: Keeper<DirFile>) -> Result<Vec<JoinHandle<()>>> {
+        let (jobs, to_do) = sync_channel(1);
+        let mut threads = Vec::new();
+        let mut spawn = |name: &str, run: Box<dyn FnOnce(&Self) + Send>| {
+            let inner = Arc::clone(self);
+            let thread = std::thread::Builder::new().name(name.into()).spawn(move || run(&inner));
+            threads.push(thread.map_err(|error| Error::failed("activity log's thread", error))?);
+            Ok::<(), Error>(())
+        };
+        spawn("farshore-log", Box::new(move |inner| inner.keep(keeper, &jobs)))?;
+        spawn("farshore-flush", Box::new(move |inner| inner.flush(&to_do)))?;
+        spawn("farshore-stall", Box::new(Self::watch_stalls))?;
+        spawn("farshore-cover", Box::new(Self::keep_record))?;
+        Ok(threads)
+    }
+
+    /// Turns the keeper.
+    fn keep(&self, mut keeper: Keeper<DirFile>, jobs: &SyncSender<FlushJob>) {
+        loop {
+            let (forget, flushed, tidy) = {
+                let mut state = self.state();
+                let end = clock::now().plus(TIDY);
+                while !state.work && !state.flushed && !state.stop && end > clock::now() {
+                    state = self.wait(state, end.since(clock::now()));
+                }
+                if state.stop {
+                    return;
+                }
+                let tidy = std::mem::take(&mut state.tidy) || (!state.work && !state.flushed);
+                state.work = false;
+                (std::mem::take(&mut state.forget_lives), std::mem::take(&mut state.flushed), tidy)
+            };
+            if forget {
+                keeper.handle_heard();
+            }
+            if flushed {
+                keeper.handle_flushed();
+            }
+            let based = self.covers_last || self.state().started;
+            let turned = if tidy { keeper.tidy() } else { Ok(()) };
+            match turned.and_then(|()| keeper.turn()) {
+                Ok(turn) => self.want(turn.upheld && based && !self.spoilt.load(Ordering::Acquire)),
+                Err(error) => {
+                    if self.mend(&mut keeper, &error) {
+                        return;
+                    }
+                    self.signal(|state| state.work = true);
+                }
+            }
+            // Somebody may wait for what was answered.
+            self.signal(|_| {});
+            if let Some(job) = keeper.poll_flush()
+                && jobs.send(job).is_err()
+            {
+                return;
+            }
+        }
+    }
+
+    /// Lets everybody go on until the log can be written again. `true`: it is time to end.
+    fn mend(&self, keeper: &mut Keeper<DirFile>, error: &io::Error) -> bool {
+        let mut text = error.to_string();
+        loop {
+            self.log.pass();
+            self.want(false);
+            self.alarms.raise(code::ACTIVITY, "", format!("the activity log cannot be written: {text}; guests go on, and after a crash of the host everything is compared"));
+            if self.sleep(RETRY) {
+                return true;
+            }
+            match keeper.begin() {
+                Ok(()) => {
+                    self.alarms.clear(code::ACTIVITY, "");
+                    return false;
+                }
+                Err(error) => text = error.to_string(),
+            }
+        }
+    }
+
+    fn flush(&self, jobs: &Receiver<FlushJob>) {
+        while let Ok(job) = jobs.recv() {
+            if !job.run() && self.sleep(FLUSH_PAUSE) {
+                return;
+            }
+            self.signal(|state| state.flushed = true);
+        }
+    }
+
+    /// I1: nobody waits for the log longer than `stall_max`.
+    fn watch_stalls(&self) {
+        // Requests that had been asked for, and when that was seen.
+        let mut seen: VecDeque<(u64, Now)> = VecDeque::new();
+        let step = (self.stall_max / 10).max(Duration::from_millis(1));
+        loop {
+            let mut state = self.state();
+            while !state.stop && (self.log.answered() >= self.log.asked() || self.log.passes()) {
+                seen.clear();
+                state = self.wait(state, TIDY);
+            }
+            if state.stop {
+                return;
+            }
+            drop(state);
+            let (asked, now) = (self.log.asked(), clock::now());
+            if seen.back().is_none_or(|(last, _)| *last < asked) {
+                seen.push_back((asked, now));
+            }
+            while seen.front().is_some_and(|(number, _)| *number <= self.log.answered()) {
+                seen.pop_front();
+            }
+            let age = seen.front().map_or(Duration::ZERO, |(_, since)| now.since(*since));
+            if age >= self.stall_max / 2 {
+                self.want(false);
+            }
+            if age >= self.stall_max {
+                tracing::debug!("guests have waited for the activity log for long enough, and go on");
+                self.log.pass();
+            } else if self.sleep(step) {
+                return;
+            }
+        }
+    }
+
+    /// What is to be recorded.
+    fn want(&self, upheld: bool) {
+        let mut record = self.record();
+        if record.wanted != upheld {
+            record.wanted = upheld;
+            record.since = clock::now();
+            drop(record);
+            // Under the mutex that the recorder waits with, so that it does not miss it.
+            self.signal(|_| {});
+        }
+    }
+
+    /// Keeps the state directory's word in step.
+    fn keep_record(&self) {
+        let mut first = true;
+        loop {
+            let due = {
+                let record = self.record();
+                let calm = if record.wanted && !first { CALM } else { Duration::ZERO };
+                (record.wanted != record.kept.upheld).then(|| record.since.plus(calm))
+            };
+            let now = clock::now();
+            match due {
+                Some(due) if due <= now => {
+                    let new = {
+                        let record = self.record();
+                        LogState { upheld: record.wanted, ..record.kept.clone() }
+                    };
+                    first &= !new.upheld;
+                    match self.store.write_log_state(&new) {
+                        Ok(()) => {
+                            self.record().kept = new.clone();
+                            self.say(new.upheld, None);
+                        }
+                        Err(error) => {
+                            self.say(false, Some(&error));
+                            if self.sleep(RETRY) {
+                                return;
+                            }
+                        }
+                    }
+                }
+                _ => {
+                    let state = self.state();
+                    if state.stop {
+                        return;
+                    }
+                    drop(self.wait(state, due.map_or(RETRY, |due| due.since(now)).min(RETRY)));
+                }
+            }
+        }
+    }
+
+    fn say(&self, upheld: bool, failed: Option<&Error>) {
+        match (upheld, failed) {
+            (true, _) => self.alarms.clear(code::UNCOVERED, ""),
+            (false, None) => self.alarms.raise(
+                code::UNCOVERED,
+                "",
+                "the activity log does not cover every write: if the host goes down now, everything is compared",
+            ),
+            (false, Some(error)) => self.alarms.raise(
+                code::UNCOVERED,
+                "",
+                format!(
+                    "the activity log does not cover every write, and that cannot be recorded ({}): if the host goes down now, \
+                     order `farshore resync` of every volume",
+                    crate::error::chain(error)
+                ),
+            ),
+        }
+    }
+}
+
+impl LogState {
+    /// Of a life whose log cannot be used.
+    fn uncovered(path: &Path) -> Self {
+        Self::new(path, 0, false, String::new())
+    }
+
+    fn new(path: &Path, session: u64, upheld: bool, boot: String) -> Self {
+        Self { format: 1, path: path.to_owned(), life: format!("{session:016x}"), upheld, boot }
+    }
+
+    /// That log is the one that is named here, and it covered everything.
+    fn covers(&self, loaded: &Loaded) -> bool {
+        let named = |life: &LogMark| format!("{:016x}", life.session) == self.life;
+        // A life that was begun and had no time to be named is behind the named one.
+        self.upheld && loaded.found == Found::Whole && loaded.lives.iter().any(named)
+    }
+}
+
+/// Looks at the place where the activity log is to be, without touching it.
+///
+/// # Errors
+/// [`Error::Refused`]: something else is there.
+pub fn activity_log_place(config: &AgentConfig) -> Result<()> {
+    let path = place(config);
+    let known = look_at_log(&config.state).is_some_and(|state| state.path == path);
+    refuse_foreign(&path, config.activity_log.is_none() || known)
+}
+
+fn place(config: &AgentConfig) -> PathBuf {
+    config.activity_log.clone().unwrap_or_else(|| config.state.join(FILE))
+}
+
+/// What lies where the log is to be, and is none, is not overwritten, unless it was ours.
+fn refuse_foreign(path: &Path, ours: bool) -> Result<()> {
+    let mut start = [0; 4096];
+    let read = File::open(path).and_then(|mut file| file.read(&mut start));
+    match read {
+        Ok(len) if !ours && !is_log(&start[..len]) && start.iter().any(|byte| *byte != 0) => {
+            Err(refused(path, "holds something else"))
+        }
+        // What cannot be opened is said where it is opened to be used.
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
+fn refused(path: &Path, reason: &str) -> Error {
+    Error::Refused {
+        what: format!("activity log {}", path.display()),
+        reason: reason.to_owned(),
+        hint: "give this agent a file or block device of its own (`--activity-log`), or clear that one: everything is compared then"
+            .into(),
+    }
+}
+
+fn open(path: &Path) -> io::Result<(Arc<DirFile>, Option<File>)> {
+    if std::fs::metadata(path).is_ok_and(|status| status.file_type().is_block_device()) {
+        // Opened so that nobody else can.
+        return Ok((DirStorage::open(Path::new("/"))?.open_device(path)?.file, None));
+    }
+    let (parent, name) = (path.parent().filter(|parent| !parent.as_os_str().is_empty()), path.file_name());
+    let name = Path::new(name.ok_or(io::ErrorKind::InvalidInput)?);
+    let storage = DirStorage::open(parent.unwrap_or(Path::new(".")))?;
+    let mode = if storage.exists(name)? { OpenMode::ReadWrite } else { OpenMode::CreateNew };
+    let file = storage.open(name, mode)?;
+    if mode == OpenMode::CreateNew {
+        storage.sync_dir(Path::new(""))?;
+    }
+    let lock = File::options().read(true).write(true).open(path)?;
+    let end = clock::now().plus(LOCK_WAIT);
+    loop {
+        match lock.try_lock() {
+            Ok(()) => return Ok((file, Some(lock))),
+            Err(TryLockError::WouldBlock) if clock::now() < end => {
+                let _ = nix::poll::poll(&mut [], 20u8);
+            }
+            Err(TryLockError::WouldBlock) => {
+                return Err(io::Error::new(io::ErrorKind::ResourceBusy, "another agent uses it"));
+            }
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+    }
+}
+
+fn fresh<const N: usize>() -> io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).map_err(|error| io::Error::other(error.to_string()))?;
+    Ok(bytes)
+}
