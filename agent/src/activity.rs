@@ -41,18 +41,22 @@ use crate::{Error, Result, clock};
 /// Name of the log in the state directory.
 const FILE: &str = "activity.log";
 /// How long another process may still hold the log: a worker that was killed a moment ago.
-const LOCK_WAIT: Duration = Duration::from_secs(5);
+const LOCK_WAIT: Duration = Duration::from_secs(1);
 /// Between two looks at marks that may not be needed any more.
-const TIDY: Duration = Duration::from_secs(10);
+const TIDY: Duration = Duration::from_secs(2);
+/// Longest wait of a thread that has nothing to do.
+const IDLE: Duration = Duration::from_secs(10);
 /// Between two attempts to write a log, or a state, that failed.
 const RETRY: Duration = Duration::from_secs(1);
 /// The log has to cover everything for so long before that is recorded again: a disk that is slow now and then would have the
 /// state written all the time.
 const CALM: Duration = Duration::from_secs(10);
+/// Longest wait of a start for the log. Guests wait all the while.
+const START_MAX: Duration = Duration::from_secs(2);
+/// Longest wait of a stop for threads that may wait for a disk.
+const STOP_MAX: Duration = Duration::from_secs(2);
 /// Pause after a flush that failed.
 const FLUSH_PAUSE: Duration = Duration::from_millis(100);
-/// Longest wait of a start until the log covers what is marked. Guests wait all the while.
-const SETTLE_MAX: Duration = Duration::from_secs(5);
 
 /// The log and its threads. They end when this is dropped.
 pub(crate) struct Activity {
@@ -75,6 +79,10 @@ struct Inner {
     record: Mutex<Record>,
     state: Mutex<Signals>,
     changed: Condvar,
+    /// What was recorded last says that the log covers everything, and nothing else is wanted.
+    covered: AtomicBool,
+    /// Beside the rings, while guests go past the log.
+    flag: PathBuf,
     stall_max: Duration,
     /// The last life's log covered everything, so this one does from its first moment.
     covers_last: bool,
@@ -95,8 +103,8 @@ struct Signals {
     work: bool,
     flushed: bool,
     stop: bool,
-    /// All groups were started, or their state says that they are to be compared.
-    started: bool,
+    /// All groups were started; when so many were answered and obeyed, what they found is covered.
+    started: Option<(u64, u64)>,
     /// Groups whose target has a batch of this life.
     heard: BTreeSet<GroupId>,
     forget_lives: bool,
@@ -105,63 +113,52 @@ struct Signals {
 }
 
 impl Activity {
-    /// Opens the log and begins a life of it. `groups`: every group that has state, whether or not it can be started. `None`: there is
-    /// none in this life, and an alarm says so.
+    /// Opens the log and begins a life of it. `known`: every volume that there is, and every group that cannot be read. `None`: there is no
+    /// log in this life, and an alarm says so; nobody waits long for that.
     ///
     /// # Errors
     /// [`Error::Refused`]: something else is where the log should be, or another agent's log.
     pub(crate) fn start(
-        config: &AgentConfig,
+        config: &Arc<AgentConfig>,
         host: HostId,
         store: &StateDir<DirStorage>,
         alarms: &Arc<Alarms>,
-        groups: &[GroupId],
+        known: Known,
     ) -> Result<Option<Self>> {
         let path = place(config);
-        let before = store.read_log_state().unwrap_or_else(|error| {
-            tracing::warn!(error = crate::error::chain(&error), "nothing is known of the last activity log");
-            None
-        });
-        let ours = config.activity_log.is_none() || before.as_ref().is_some_and(|state| state.path == path);
-        refuse_foreign(&path, ours)?;
-        let failed = |what: &str, error: &io::Error| {
-            let text = format!("{what} {}: {error}; after a crash of the host everything is compared", path.display());
+        let groups = known.groups.clone();
+        let (sender, opened) = sync_channel(0);
+        let (of_config, of_store) = (Arc::clone(config), store.clone());
+        let open = move || Opened::open(&of_config, host, &of_store, &known);
+        // Where a disk hangs, this thread waits for it and nobody else. What it has written by then says that nothing is covered.
+        let thread = std::thread::Builder::new().name("farshore-log".into()).spawn(move || _ = sender.send(open()));
+        thread.map_err(|error| Error::failed("activity log's thread", error))?;
+        let failed = |reason: &str| {
+            let text = format!(
+                "{}: {reason}; guests go on without it, and after a crash of the host everything is compared",
+                path.display()
+            );
             alarms.raise(code::ACTIVITY, "", text);
+            Ok(None)
         };
-        let opened = open(&path).and_then(|(file, lock)| {
-            let random = (fresh()?, u64::from_le_bytes(fresh()?));
-            Ok((Keeper::open(file, KeeperConfig { places: config.al_extents, owner: host.0 }, random)?, lock))
-        });
-        let ((mut keeper, loaded), lock) = match opened {
-            Ok(opened) => opened,
-            Err(error) if error.kind() == io::ErrorKind::InvalidData => return Err(refused(&path, &error.to_string())),
-            Err(error) => {
-                failed("cannot open", &error);
-                store.write_log_state(&LogState::uncovered(&path))?;
-                return Ok(None);
-            }
+        let Opened { keeper, loaded, lock, kept, last_boot, covers_last } = match opened.recv_timeout(START_MAX) {
+            Ok(Ok(opened)) => opened,
+            Ok(Err(error @ Error::Refused { .. })) => return Err(error),
+            Ok(Err(error)) => return failed(&crate::error::chain(&error)),
+            Err(_) => return failed("its disk, or that of the state directory, does not answer"),
         };
-        if let Found::Damaged(reason) = &loaded.found {
-            tracing::warn!(path = %path.display(), reason, "the activity log is damaged: a new one is made");
-        }
-        let covers_last = before.as_ref().is_some_and(|state| state.covers(&loaded));
-        let known: BTreeSet<[u8; 8]> = groups.iter().map(|group| VolumeKey::new(group, VolumeIndex(0)).group).collect();
-        keeper.retain(|volume| known.contains(&volume.group));
-        if let Err(error) = keeper.begin() {
-            failed("cannot write", &error);
-            store.write_log_state(&LogState::uncovered(&path))?;
-            return Ok(None);
-        }
+        // A worker that was killed while guests went past the log may not have got to saying so.
+        let flag = config.ring_dir.join(format!("farshore-{host}.passing"));
+        let covers_last = covers_last && !flag.exists();
         alarms.clear(code::ACTIVITY, "");
-        let mark = keeper.log().mark();
-        let kept = LogState::new(&path, mark.session, covers_last, boot_text()?);
-        store.write_log_state(&kept)?;
         let policies = config.groups.values().map(|policy| policy.stall_max);
         let inner = Arc::new(Inner {
             log: Arc::clone(keeper.log()),
             alarms: Arc::clone(alarms),
             store: store.clone(),
-            record: Mutex::new(Record { wanted: kept.upheld, kept, since: clock::now() }),
+            record: Mutex::new(Record { kept, wanted: covers_last, since: clock::now() }),
+            covered: AtomicBool::new(false),
+            flag,
             state: Mutex::default(),
             changed: Condvar::new(),
             stall_max: policies.chain([crate::config::GroupPolicy::default().stall_max]).min().unwrap_or_default(),
@@ -171,20 +168,11 @@ impl Activity {
         // The log must not keep alive what keeps it.
         let wake = Arc::downgrade(&inner);
         inner.log.set_waker(move || _ = wake.upgrade().map(|inner| inner.signal(|state| state.work = true)));
-        let last_boot = before.map(|state| state.boot).unwrap_or_default();
         tracing::info!(
             path = %path.display(), found = ?loaded.found, active = loaded.active(), covers_last, "activity log"
         );
         let threads = inner.spawn(keeper)?;
-        Ok(Some(Self {
-            inner,
-            loaded,
-            path,
-            last_boot,
-            groups: groups.iter().copied().collect(),
-            threads,
-            _lock: lock,
-        }))
+        Ok(Some(Self { inner, loaded, path, last_boot, groups, threads, _lock: lock }))
     }
 
     /// What a group's queues need of it.
@@ -207,25 +195,19 @@ impl Activity {
         self.loaded.ranges(group, volume)
     }
 
-    /// For a stream. What was unknown after the last life is marked by what the log says by then, or everything is.
+    /// For a stream: batches say where the log is for as long as it covers everything, so that a target hears of it when it does not. What was unknown after the last life is marked by what the log says by then, or everything is.
     pub(crate) fn of_stream(&self) -> StreamLog {
         let lives = if self.loaded.found == Found::Whole { self.loaded.lives.clone() } else { Vec::new() };
-        let log = Arc::clone(&self.inner.log);
-        StreamLog { lives, now: Arc::new(move || log.mark()) }
+        let inner = Arc::clone(&self.inner);
+        StreamLog { lives, now: Arc::new(move || inner.mark()) }
     }
 
-    /// Waits until so much was answered, but not for ever: guests wait, too.
-    pub(crate) fn wait_answered(&self, number: u64) {
-        let end = clock::now().plus(SETTLE_MAX);
+    /// Waits until so much was obeyed, or until nobody waits for the log any more: then it does not cover everything before it has obeyed
+    /// that, too.
+    pub(crate) fn wait_obeyed(&self, number: u64) {
         let mut state = self.inner.state();
-        while self.inner.log.answered() < number {
-            let left = end.since(clock::now());
-            if left.is_zero() {
-                drop(state);
-                self.spoil("what is marked could not be written to it in time");
-                return;
-            }
-            state = self.inner.wait(state, left);
+        while self.inner.log.obeyed() < number && !self.inner.log.passes() {
+            state = self.inner.wait(state, RETRY);
         }
     }
 
@@ -238,8 +220,9 @@ impl Activity {
 
     /// All groups have been started: from here on the log can cover everything.
     pub(crate) fn handle_started(&self) {
+        let found = (self.inner.log.asked(), self.inner.log.ordered());
         self.inner.signal(|state| {
-            state.started = true;
+            state.started = Some(found);
             state.work = true;
         });
     }
@@ -267,7 +250,7 @@ impl Activity {
         let log = &self.inner.log;
         json!({
             "path": self.path,
-            "covers": self.inner.record().kept.upheld && !log.passes(),
+            "covers": self.inner.covered.load(Ordering::Acquire) && !log.passes(),
             "extents_max": log.places(),
             "active_extents": volumes.map(|volume| log.active(VolumeKey::new(group, volume))).sum::<u64>(),
             "marked_extents": log.marked(),
@@ -280,11 +263,93 @@ impl Activity {
 impl Drop for Activity {
     fn drop(&mut self) {
         self.inner.signal(|state| state.stop = true);
+        // Nobody waits for it from here on.
+        self.inner.log.close();
+        let end = clock::now().plus(STOP_MAX);
+        while self.threads.iter().any(|thread| !thread.is_finished()) && clock::now() < end {
+            drop(self.inner.wait(self.inner.state(), Duration::from_millis(10)));
+        }
         for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
+            // One that waits for a disk ends with the process.
+            if thread.is_finished() && thread.join().is_err() {
                 tracing::error!("a thread of the activity log died of a panic");
             }
         }
+    }
+}
+
+/// A log, opened.
+struct Opened {
+    keeper: Keeper<DirFile>,
+    loaded: Loaded,
+    lock: Option<File>,
+    kept: LogState,
+    last_boot: String,
+    covers_last: bool,
+}
+
+impl Opened {
+    fn open(config: &AgentConfig, host: HostId, store: &StateDir<DirStorage>, known: &Known) -> Result<Self> {
+        let path = place(config);
+        let before = store.read_log_state().unwrap_or_else(|error| {
+            tracing::warn!(error = crate::error::chain(&error), "nothing is known of the last activity log");
+            None
+        });
+        refuse_foreign(
+            &path,
+            config.activity_log.is_none() || before.as_ref().is_some_and(|state| state.path == path),
+        )?;
+        let failed = |error: io::Error| {
+            let foreign = error.kind() == io::ErrorKind::InvalidData;
+            if foreign { refused(&path, &error.to_string()) } else { Error::io("open", &path, error) }
+        };
+        let opened = open(&path).and_then(|(file, lock)| {
+            let random = (fresh()?, u64::from_le_bytes(fresh()?));
+            Ok((Keeper::open(file, KeeperConfig { places: config.al_extents, owner: host.0 }, random)?, lock, random.1))
+        });
+        let ((mut keeper, loaded), lock, life) = match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                // In this life nothing is covered.
+                store.write_log_state(&LogState::new(&path, 0, String::new()))?;
+                return Err(failed(error));
+            }
+        };
+        if let Found::Damaged(reason) = &loaded.found {
+            tracing::warn!(path = %path.display(), reason, "the activity log is damaged: a new one is made");
+        }
+        let covers_last = before.as_ref().is_some_and(|state| state.covers(&loaded));
+        // Says that nothing is covered, until somebody has taken it over and says otherwise.
+        let kept = LogState::new(&path, life.max(1), boot_text()?);
+        keeper.retain(|volume| known.knows(volume));
+        let begun = keeper.begin().map_err(|error| Error::io("write", &path, error));
+        store.write_log_state(&kept)?;
+        begun?;
+        Ok(Self {
+            keeper,
+            loaded,
+            lock,
+            kept,
+            last_boot: before.map(|state| state.boot).unwrap_or_default(),
+            covers_last,
+        })
+    }
+}
+
+/// Volumes that a log may have extents of.
+#[derive(Debug, Default)]
+pub(crate) struct Known {
+    /// All groups that have state.
+    pub groups: BTreeSet<GroupId>,
+    /// Groups whose volumes are not known.
+    pub unread: BTreeSet<GroupId>,
+    pub volumes: BTreeSet<VolumeKey>,
+}
+
+impl Known {
+    fn knows(&self, volume: VolumeKey) -> bool {
+        let unread = self.unread.iter().any(|group| VolumeKey::new(group, VolumeIndex(0)).group == volume.group);
+        unread || self.volumes.contains(&volume)
     }
 }
 
@@ -320,6 +385,24 @@ impl Inner {
         true
     }
 
+    /// Where the log is, as far as it covers everything.
+    fn mark(&self) -> LogMark {
+        // The mark first: what becomes uncovered behind this look is in later batches.
+        let mark = self.log.mark();
+        if self.covered.load(Ordering::Acquire) && !self.log.passes() { mark } else { LogMark::default() }
+    }
+
+    /// Lets guests go on. What a worker that is killed now may not get to recording stands beside the rings, which it needs all the same.
+    fn pass(&self) {
+        if let Err(error) = File::create(&self.flag) {
+            tracing::warn!(%error, "that guests go past the activity log cannot be noted beside the rings");
+        }
+        self.want(false);
+        self.log.pass();
+        self.want(false);
+        self.signal(|_| {});
+    }
+
     fn spawn(self: &Arc<Self>, keeper: Keeper<DirFile>) -> Result<Vec<JoinHandle<()>>> {
         let (jobs, to_do) = sync_channel(1);
         let mut threads = Vec::new();
@@ -338,17 +421,17 @@ impl Inner {
 
     /// Turns the keeper.
     fn keep(&self, mut keeper: Keeper<DirFile>, jobs: &SyncSender<FlushJob>) {
+        let mut tidy_due = clock::now().plus(TIDY);
         loop {
             let (forget, flushed, tidy) = {
                 let mut state = self.state();
-                let end = clock::now().plus(TIDY);
-                while !state.work && !state.flushed && !state.stop && end > clock::now() {
-                    state = self.wait(state, end.since(clock::now()));
+                while !state.work && !state.flushed && !state.stop && tidy_due > clock::now() {
+                    state = self.wait(state, tidy_due.since(clock::now()));
                 }
                 if state.stop {
                     return;
                 }
-                let tidy = std::mem::take(&mut state.tidy) || (!state.work && !state.flushed);
+                let tidy = std::mem::take(&mut state.tidy) || tidy_due <= clock::now();
                 state.work = false;
                 (std::mem::take(&mut state.forget_lives), std::mem::take(&mut state.flushed), tidy)
             };
@@ -358,10 +441,17 @@ impl Inner {
             if flushed {
                 keeper.handle_flushed();
             }
-            let based = self.covers_last || self.state().started;
+            let started = self.state().started;
+            if tidy {
+                tidy_due = clock::now().plus(TIDY);
+            }
             let turned = if tidy { keeper.tidy() } else { Ok(()) };
             match turned.and_then(|()| keeper.turn()) {
-                Ok(turn) => self.want(turn.upheld && based && !self.spoilt.load(Ordering::Acquire)),
+                Ok(turn) => {
+                    let found = |(asked, ordered)| self.log.answered() >= asked && self.log.obeyed() >= ordered;
+                    let based = self.covers_last || started.is_some_and(found);
+                    self.want(turn.upheld && based && !self.spoilt.load(Ordering::Acquire));
+                }
                 Err(error) => {
                     if self.mend(&mut keeper, &error) {
                         return;
@@ -383,8 +473,7 @@ impl Inner {
     fn mend(&self, keeper: &mut Keeper<DirFile>, error: &io::Error) -> bool {
         let mut text = error.to_string();
         loop {
-            self.log.pass();
-            self.want(false);
+            self.pass();
             self.alarms.raise(code::ACTIVITY, "", format!("the activity log cannot be written: {text}; guests go on, and after a crash of the host everything is compared"));
             if self.sleep(RETRY) {
                 return true;
@@ -417,7 +506,7 @@ impl Inner {
             let mut state = self.state();
             while !state.stop && (self.log.answered() >= self.log.asked() || self.log.passes()) {
                 seen.clear();
-                state = self.wait(state, TIDY);
+                state = self.wait(state, IDLE);
             }
             if state.stop {
                 return;
@@ -436,7 +525,7 @@ impl Inner {
             }
             if age >= self.stall_max {
                 tracing::debug!("guests have waited for the activity log for long enough, and go on");
-                self.log.pass();
+                self.pass();
             } else if self.sleep(step) {
                 return;
             }
@@ -446,6 +535,9 @@ impl Inner {
     /// What is to be recorded.
     fn want(&self, upheld: bool) {
         let mut record = self.record();
+        // Somebody may have let guests go on since it was looked at.
+        let upheld = upheld && !self.log.passes();
+        self.covered.store(upheld && record.kept.upheld, Ordering::Release);
         if record.wanted != upheld {
             record.wanted = upheld;
             record.since = clock::now();
@@ -472,9 +564,21 @@ impl Inner {
                         LogState { upheld: record.wanted, ..record.kept.clone() }
                     };
                     first &= !new.upheld;
+                    if !new.upheld {
+                        // The disk that it is written to may be the one that hangs.
+                        self.say(false, None);
+                    }
                     match self.store.write_log_state(&new) {
                         Ok(()) => {
-                            self.record().kept = new.clone();
+                            let mut record = self.record();
+                            record.kept = new.clone();
+                            let covered = new.upheld && record.wanted;
+                            self.covered.store(covered, Ordering::Release);
+                            drop(record);
+                            if covered {
+                                // None: guests never went past it.
+                                let _ = std::fs::remove_file(&self.flag);
+                            }
                             self.say(new.upheld, None);
                         }
                         Err(error) => {
@@ -518,13 +622,9 @@ impl Inner {
 }
 
 impl LogState {
-    /// Of a life whose log cannot be used.
-    fn uncovered(path: &Path) -> Self {
-        Self::new(path, 0, false, String::new())
-    }
-
-    fn new(path: &Path, session: u64, upheld: bool, boot: String) -> Self {
-        Self { format: 1, path: path.to_owned(), life: format!("{session:016x}"), upheld, boot }
+    /// Of a life that covers nothing yet.
+    fn new(path: &Path, life: u64, boot: String) -> Self {
+        Self { format: 1, path: path.to_owned(), life: format!("{life:016x}"), upheld: false, boot }
     }
 
     /// That log is the one that is named here, and it covered everything.

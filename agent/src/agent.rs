@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use farshore_blkfilter::Volume;
+use farshore_blkfilter::activity::VolumeKey;
 use farshore_blkfilter::sync::SyncState;
 use farshore_link::identity::Identity;
 use farshore_proto::text::show_time;
@@ -14,7 +15,7 @@ use farshore_streamer::{DurableBatch, Phase, StreamerStatus};
 use farshore_uring::{BackingId, DirStorage};
 use serde_json::{Value, json};
 
-use crate::activity::Activity;
+use crate::activity::{Activity, Known};
 use crate::alarms::{Alarm, Alarms, code};
 use crate::api::ProtectRequest;
 use crate::attach::ring_folder;
@@ -78,9 +79,9 @@ impl Agent {
         supervisor.let_go()?;
         let host = HostId::derive(identity.vault, &identity.name);
         let names = store.groups()?;
-        let ids: Vec<_> = names.iter().map(|name| GroupId::derive(identity.vault, name)).collect();
-        let activity = Activity::start(&config, host, &store, &alarms, &ids)?.map(Arc::new);
         let (config, identity) = (Arc::new(config), Arc::new(identity));
+        let known = known(&store, &identity, &names);
+        let activity = Activity::start(&config, host, &store, &alarms, known)?.map(Arc::new);
         let context = Context { config, identity, store, alarms, supervisor, activity };
         let mut all_started = true;
         let agent = Self {
@@ -489,6 +490,23 @@ impl Agent {
     pub(crate) fn requests_inside(&self) -> usize {
         self.requests.wait_empty(Duration::ZERO)
     }
+}
+
+/// What an activity log may know of.
+fn known(store: &StateDir<DirStorage>, identity: &Identity, names: &[Name]) -> Known {
+    let mut known = Known::default();
+    for name in names {
+        let group = GroupId::derive(identity.vault, name);
+        known.groups.insert(group);
+        match store.read_group(name) {
+            Ok(state) => {
+                let volumes = state.map(|state| state.volumes).unwrap_or_default();
+                known.volumes.extend(volumes.iter().map(|it| VolumeKey::new(&group, VolumeIndex(it.index))));
+            }
+            Err(_) => _ = known.unread.insert(group),
+        }
+    }
+    known
 }
 
 /// Stops each of `groups` on a thread of its own: one that waits for its link takes no time from the others.

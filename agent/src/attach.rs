@@ -22,8 +22,8 @@ pub(crate) struct Predecessor<'a> {
     pub reissued: BTreeSet<u16>,
     /// Whether all I/O of the dead agent has ended; may wait. Asked at most once, and only if there is a ring.
     pub has_ended: &'a dyn Fn() -> bool,
-    /// The activity log says what may differ where the ring is lost.
-    pub covered: bool,
+    /// The activity log says what may differ where the ring is lost, if the group was served through the boot that the log is of.
+    pub covered: Option<String>,
 }
 
 /// Whose ring.
@@ -97,11 +97,15 @@ impl RingOwner {
     ) -> Result<Attached> {
         let boot = boot_id()?;
         let path = self.file(dir);
-        if was_bypassed(dir, &self.host_name, self.name.as_str()) {
+        let noted = store.is_bypassed(&self.name)?;
+        if noted || was_bypassed(dir, &self.host_name, self.name.as_str()) {
             tracing::warn!(group = %self.name, "was served without capture: everything is compared");
             state.compare_everything = true;
             store.write_group(&self.name, state)?;
             forget_bypassed(dir, &self.host_name, self.name.as_str());
+            if noted {
+                store.forget_bypassed(&self.name)?;
+            }
         }
         let mut clean = !state.attached;
         let mut from_log = false;
@@ -114,7 +118,7 @@ impl RingOwner {
                     tracing::info!(group = %self.name, "the last start did not get as far as serving");
                     clean = true;
                     // That start may have had the log to go by.
-                    from_log = predecessor.covered && !state.compare_everything;
+                    from_log = is_covered(state, predecessor);
                 }
                 Ok(_) if !(predecessor.has_ended)() => {
                     from_log =
@@ -155,6 +159,10 @@ impl RingOwner {
         state.incarnation += 1;
         state.ring = state.incarnation;
         state.attached = true;
+        if !from_log {
+            // Said again when all that is known of the volumes is marked, and all are in the path.
+            state.boot = None;
+        }
         store.write_group(&self.name, state)?;
         let config = RingConfig { identity: self.identity(state, boot), slab_bytes, descriptors: None };
         let ring = Ring::create(&path, &config)
@@ -173,7 +181,7 @@ impl RingOwner {
 
     /// There is no ring to go by. `true`: the activity log tells what to compare; else that is everything.
     fn lost(&self, state: &mut GroupState, predecessor: &Predecessor<'_>, reason: &str) -> bool {
-        let from_log = predecessor.covered && !state.compare_everything;
+        let from_log = is_covered(state, predecessor);
         let what = if from_log { "what the activity log names" } else { "everything" };
         tracing::warn!(group = %self.name, "{reason}: {what} is compared");
         state.compare_everything |= !from_log;
@@ -186,6 +194,11 @@ impl RingOwner {
             CaptureRing::new(Arc::clone(ring)).map_err(|error| Error::failed("ring", crate::error::chain(&error)))?;
         Ok(source.load_state().is_none_or(|stream| stream.incarnation.0 == state.incarnation))
     }
+}
+
+/// What the log says is all that may differ: the group was in the path for as long as the log's last life was.
+fn is_covered(state: &GroupState, predecessor: &Predecessor<'_>) -> bool {
+    predecessor.covered.is_some() && predecessor.covered == state.boot && !state.compare_everything
 }
 
 /// Makes the folder of the rings, if there is none, and looks whose it is.
@@ -276,7 +289,7 @@ mod tests {
 
         fn attach(&self, state: &mut GroupState, reissued: &[u16], has_ended: &dyn Fn() -> bool) -> Result<Attached> {
             let reissued = reissued.iter().copied().collect();
-            let predecessor = Predecessor { reissued, has_ended, covered: false };
+            let predecessor = Predecessor { reissued, has_ended, covered: None };
             self.owner.attach(self.folder.path(), MIB * 8, state, &self.store, &predecessor)
         }
 
@@ -319,6 +332,39 @@ mod tests {
         let missing = |volume| attached.ring.bitmap(volume, Which::Missing).expect("added").count_ones();
         assert_eq!((missing(0), missing(1)), (1, 0));
         assert_eq!(attached.content, Content::AsMarked);
+    }
+
+    /// Goal: without a ring the activity log is believed only if the group was in the path for all of the log's last life, nothing else calls
+    /// for a compare, and nobody was led past us meanwhile, as noted in the state directory.
+    #[test]
+    fn a_lost_ring_goes_by_the_log_only_on_evidence() {
+        let lost = GroupState { attached: true, boot: Some("b".into()), ..GroupState::new() };
+        let cases = [
+            (lost.clone(), Some("b"), false, true),
+            (lost.clone(), None, false, false),
+            (lost.clone(), Some("another"), false, false),
+            (GroupState { boot: None, ..lost.clone() }, Some("b"), false, false),
+            (GroupState { boot: None, ..lost.clone() }, None, false, false),
+            (GroupState { compare_everything: true, ..lost.clone() }, Some("b"), false, false),
+            (lost, Some("b"), true, false),
+        ];
+        for (mut state, covered, noted, expected) in cases {
+            let rig = Rig::new();
+            let name = Name::new("g").expect("good");
+            if noted {
+                crate::state::note_bypassed(rig.folder.path(), &name).expect("room");
+            }
+            let covered = covered.map(str::to_owned);
+            let predecessor = Predecessor { reissued: BTreeSet::new(), has_ended: &|| true, covered };
+            let attached = rig.owner.attach(rig.folder.path(), MIB * 8, &mut state, &rig.store, &predecessor);
+            let attached = attached.expect("a ring");
+            assert!(attached.lost && !attached.resumed && !attached.clean);
+            assert_eq!((attached.from_log, state.compare_everything), (expected, !expected), "{state:?}");
+            assert_eq!(attached.content, if expected { Content::AsMarked } else { Content::Unknown });
+            assert!(!rig.store.is_bypassed(&name).expect("readable"), "it is in the group's state by now");
+            let written = rig.store.read_group(&name).expect("readable").expect("written");
+            assert_eq!((written.boot.is_some(), written.compare_everything), (expected, !expected));
+        }
     }
 
     /// Goal: a folder that others can write to is refused; one that is not there is made for the agent alone.

@@ -21,7 +21,7 @@ use farshore_uring::{Backing, BackingId, DirStorage, FileDevice};
 
 use crate::activity::Activity;
 use crate::alarms::{Alarms, code};
-use crate::attach::{Attached, Predecessor, RingOwner};
+use crate::attach::{Attached, Predecessor, RingOwner, boot_text};
 use crate::config::{AgentConfig, CompressionPolicy, GroupPolicy};
 use crate::devices::writer_of;
 use crate::evidence::{Doubt, Evidence, Proof};
@@ -106,14 +106,11 @@ impl Group {
             name: name.clone(),
             host_name: identity.name.clone(),
         };
-        // Once anything is served it shows nothing any more. Written with the state, before that; of a volume behind the device mapper
-        // only when it is in the path again and what was asked is marked: if that start is cut off in between, the next one finds a
-        // device in the path and evidence all the same, and knows that nobody has asked.
-        let of = |volume: &mut VolumeState| {
-            let kept = if volume.mapped.is_some() { volume.evidence.clone() } else { volume.evidence.take() };
-            Some((volume.index, kept?))
-        };
-        let evidence: BTreeMap<u16, Evidence> = state.volumes.iter_mut().filter_map(of).collect();
+        // Once anything is served it shows nothing any more. Forgotten before that, but not before what was asked is marked: if this start
+        // is cut off in between, the next one asks again. Of a volume behind the device mapper that is when it is in the path again; if
+        // the next one finds a device in the path and evidence all the same, it knows that nobody has asked.
+        let of = |volume: &VolumeState| Some((volume.index, volume.evidence.clone()?));
+        let evidence: BTreeMap<u16, Evidence> = state.volumes.iter().filter_map(of).collect();
         let volumes = state.volumes.clone();
         let mut found = Found::of(&volumes);
         let surviving = |volume: &&VolumeState| match volume.mapped {
@@ -134,11 +131,12 @@ impl Group {
             .filter_map(|volume| Some((volume.index, evidence.get(&volume.index)?.check(&volume.source))))
             .collect();
         // Where the host went down: only what happened since its start can have been past us.
-        let covered = activity.as_ref().is_some_and(|activity| activity.covers_last());
-        let crash = activity.as_ref().map(|it| Evidence::Crash { boot: it.last_boot().to_owned() });
+        let covers_last = activity.as_ref().is_some_and(|activity| activity.covers_last());
+        let covered = activity.as_ref().filter(|_| covers_last).map(|activity| activity.last_boot().to_owned());
+        let crash = covered.clone().map(|boot| Evidence::Crash { boot });
         let since_boot: BTreeMap<u16, Proof> = volumes
             .iter()
-            .filter(|volume| unclean && covered && volume.mapped.is_none())
+            .filter(|volume| unclean && volume.mapped.is_none())
             .filter_map(|volume| Some((volume.index, crash.as_ref()?.check(&volume.source))))
             .collect();
         let predecessor = Predecessor { reissued, has_ended: &has_ended, covered };
@@ -146,9 +144,6 @@ impl Group {
         let reissued = predecessor.reissued;
         if unclean && !asked.get() && !has_ended() {
             tracing::warn!(group = %name, "a source is still held by another process");
-        }
-        if attached.resumed && !evidence.is_empty() {
-            store.write_group(&name, &state)?;
         }
         let (in_stream, held) = joined_in_stream(&attached, &state)?;
         if !attached.ring.locked() {
@@ -226,9 +221,13 @@ impl Group {
         if resumed || attached.lost {
             shared.capture.begin_event();
         }
-        if resumed && !covered {
+        if resumed && !covers_last {
             shared.cover_again(filters.iter().map(|(_, filter)| filter), pending.is_empty(), &held);
         }
+        // What they showed is marked.
+        shared.update_state(|state| {
+            state.volumes.iter_mut().filter(|it| it.mapped.is_none()).for_each(|volume| volume.evidence = None);
+        });
         let mut settings = StreamerConfig::new(
             SourceConfig { vault: identity.vault, group: name.clone(), host: identity.name.clone(), host_key },
             Generation(state.generation),
@@ -296,7 +295,22 @@ impl Group {
             }
             group.forget_evidence(&volume);
         }
+        group.note_in_path();
         Ok(group)
+    }
+
+    /// Notes that all requests go through us from here on, if they do: until a host that goes down has the next boot, or we leave the path.
+    fn note_in_path(&self) {
+        let out = |place: &Place| matches!(place, Place::Out(_));
+        if self.places().values().any(out) {
+            return;
+        }
+        match boot_text() {
+            Ok(boot) => _ = self.shared.update_state(|state| state.boot = Some(boot)),
+            Err(error) => {
+                tracing::warn!(error = crate::error::chain(&error), "after a crash of the host everything is compared")
+            }
+        }
     }
 
     /// What was noted of `volume` at the last stop has been asked.
@@ -539,7 +553,9 @@ impl Group {
     /// A volume behind the device mapper is taken out of the path; its users go on. Another block device in use is not taken away: it
     /// is served for as long as the process lives, and waits for the next agent then; so the ring stays as a dead agent would leave it.
     pub(crate) fn stop(self, deadline: Now) -> Result<()> {
-        let (mut noted, all_out) = self.detach_all();
+        // From here on somebody may write past us, and a host that goes down leaves no trace of it. If it cannot be recorded, they stay.
+        let left = self.shared.update_state(|state| state.boot = None);
+        let (mut noted, all_out) = if left { self.detach_all() } else { (Vec::new(), false) };
         let (mut filters, mut stopped) = (Vec::new(), Vec::new());
         let mut in_use = !all_out;
         for (index, served) in std::mem::take(&mut *self.served()) {
@@ -595,6 +611,7 @@ impl Group {
         let written = shared.update_state(|state| {
             note(state);
             state.attached = false;
+            state.boot = None;
             // Of a volume that was not captured, no marks were saved.
             state.compare_everything |= !complete;
             state.last_number = number.0;

@@ -238,7 +238,7 @@ impl Shared {
     /// Has the activity log cover what is marked, and waits for it.
     pub(crate) fn settle(&self, index: VolumeIndex) {
         if let (Some(activity), Some(number)) = (&self.activity, self.capture.settle(index)) {
-            activity.wait_answered(number);
+            activity.wait_obeyed(number);
         }
     }
 

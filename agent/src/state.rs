@@ -19,8 +19,8 @@ use crate::verify::VerifyState;
 use crate::{Error, Result};
 
 const FORMAT: u32 = 1;
-/// Of a group's file. 2 added `ublk` to volumes, 3 `mapped` and `evidence`, 4 `verify`; all of them are read.
-const GROUP_FORMAT: u32 = 4;
+/// Of a group's file. 2 added `ublk` to volumes, 3 `mapped` and `evidence`, 4 `verify`, 5 `boot`; all of them are read.
+const GROUP_FORMAT: u32 = 5;
 const IDENTITY: &str = "agent.toml";
 const GROUPS: &str = "groups";
 const ACTIVITY: &str = "activity.toml";
@@ -55,6 +55,9 @@ pub struct GroupState {
     pub attached: bool,
     /// A difference between source and replica is possible anywhere: compare everything, whatever else this file says.
     pub compare_everything: bool,
+    /// Boot in which requests went through the filter since the last start, without a break; none: they may have gone past it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot: Option<String>,
     /// Number of the last batch known to be durable at the target.
     pub last_number: u64,
     /// Its chain hash, hexadecimal.
@@ -164,6 +167,7 @@ impl GroupState {
             ring: 0,
             attached: false,
             compare_everything: false,
+            boot: None,
             last_number: 0,
             last_chain: "00".repeat(32),
             next_volume: 0,
@@ -202,6 +206,22 @@ pub fn look(folder: &Path) -> Result<Groups> {
     let state = StateDir { storage: opened, shown: folder.to_owned() };
     let read = |name: Name| state.read_group(&name).transpose().map(|group| (name, group));
     Ok(state.groups()?.into_iter().filter_map(read).collect())
+}
+
+/// Notes, durably, that a group's volumes are or were written past the agent, for those who do not take the directory: the next
+/// start compares everything, also after the host went down. Blocks.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn note_bypassed(folder: &Path, group: &Name) -> Result<()> {
+    let storage = farshore_uring::DirStorage::open(folder).map_err(|error| Error::io("open", folder, error))?;
+    let path = bypassed_file(group);
+    let noted = match storage.open(&path, OpenMode::CreateNew) {
+        Ok(file) => file.sync(),
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) => Err(error),
+    };
+    noted.and_then(|()| storage.sync_dir(Path::new(GROUPS))).map_err(|e| Error::io("write", &folder.join(path), e))
 }
 
 /// What the state directory says of the activity log, for those who do not take the directory. `None`: nothing.
@@ -317,6 +337,25 @@ impl<S: Storage> StateDir<S> {
         }
     }
 
+    /// The group's volumes were written past the agent ([`note_bypassed`]).
+    ///
+    /// # Errors
+    /// When that cannot be seen.
+    pub fn is_bypassed(&self, group: &Name) -> Result<bool> {
+        let path = bypassed_file(group);
+        self.storage.exists(&path).map_err(|e| Error::io("look for", &self.shown.join(path), e))
+    }
+
+    /// That is kept elsewhere by now.
+    ///
+    /// # Errors
+    /// When the note stays.
+    pub fn forget_bypassed(&self, group: &Name) -> Result<()> {
+        let path = bypassed_file(group);
+        let removed = self.storage.remove(&path).and_then(|()| self.storage.sync_dir(Path::new(GROUPS)));
+        removed.map_err(|e| Error::io("remove", &self.shown.join(path), e))
+    }
+
     /// Saves the slots with a bit set, durably.
     ///
     /// # Errors
@@ -394,6 +433,10 @@ fn group_file(group: &Name) -> PathBuf {
     PathBuf::from(GROUPS).join(format!("{group}.toml"))
 }
 
+fn bypassed_file(group: &Name) -> PathBuf {
+    PathBuf::from(GROUPS).join(format!("{group}.bypassed"))
+}
+
 fn bitmap_file(group: &Name, volume: u16) -> PathBuf {
     PathBuf::from(GROUPS).join(format!("{group}.{volume}.missing"))
 }
@@ -422,7 +465,7 @@ mod tests {
                     source = \"/dev/sdb\"\nidentity = \"x\"\nsize = 512\nblock = 512\nfrontend = \"nbd+unix:/a\"\njoined = true\n";
         write(folder.path(), body);
         let mut state = store.read_group(&group).expect("read").expect("there");
-        assert_eq!((state.format, state.incarnation, &state.volumes[0].ublk), (4, 3, &None));
+        assert_eq!((state.format, state.incarnation, &state.volumes[0].ublk), (5, 3, &None));
         write(folder.path(), &body.replace("format = 1", "format = 2"));
         assert_eq!(store.read_group(&group).expect("read"), Some(state.clone()));
 
@@ -442,9 +485,9 @@ mod tests {
 
         let seen = look(folder.path()).expect("ours");
         assert!(matches!(&seen[..], [(name, Ok(found))] if *name == group && found.volumes.len() == 1), "{seen:?}");
-        write(folder.path(), &body.replace("format = 1", "format = 5"));
+        write(folder.path(), &body.replace("format = 1", "format = 6"));
         let error = store.read_group(&group).expect_err("newer").to_string();
-        assert!(error.contains("format 5"), "{error}");
+        assert!(error.contains("format 6"), "{error}");
         let seen = look(folder.path()).expect("ours");
         assert!(matches!(&seen[..], [(_, Err(Error::State { .. }))]), "damage stands in the group's place: {seen:?}");
         look(&folder.path().join(GROUPS)).expect_err("no state directory");

@@ -307,7 +307,7 @@ impl CaptureGroup {
     }
 
     /// What is missing of the volume is marked: the activity log is to cover it, and may let extents of it leave from now on. Gives what
-    /// [`crate::activity::ActivityLog::answered`] is when it does; none: no log, or no such volume. After each [`Self::add_volume`],
+    /// [`crate::activity::ActivityLog::obeyed`] is when it does; none: no log, or no such volume. After each [`Self::add_volume`],
     /// before its front end is opened.
     #[must_use]
     pub fn settle(&self, index: VolumeIndex) -> Option<u64> {

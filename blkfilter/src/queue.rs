@@ -437,8 +437,9 @@ impl BlockQueue for FilterQueue {
             && let Some(at) = activity.flushes.iter().position(|(tag, _)| *tag == low)
         {
             let (_, number) = activity.flushes.swap_remove(at);
-            if result.is_ok() {
-                activity.volume.end_flush(number);
+            match result {
+                Ok(_) => activity.volume.end_flush(number),
+                Err(_) => activity.volume.fail_flush(),
             }
         }
         self.count(kind, result.as_ref().map_or(0, |bytes| u64::from(*bytes)), result.is_err());

@@ -12,6 +12,7 @@ mod guests;
 mod host;
 mod kills;
 mod log_writes;
+mod power_cut;
 mod rig;
 mod supervisor;
 mod ublk;

@@ -218,7 +218,9 @@ impl Group {
     /// The volume's device has grown: later points have the new size.
     fn grow(&self, volume: &VolumeState, mapped: &Mapped, size: u64) -> Result<VolumeState> {
         let (identity, _) = interpose::identify(&mapped.upper)?;
-        let grown = VolumeState { size, identity: identity.as_str().to_owned(), ..volume.clone() };
+        // Nothing is known of its new part: whatever happens, it joins anew.
+        let joined = false;
+        let grown = VolumeState { size, identity: identity.as_str().to_owned(), joined, ..volume.clone() };
         let recorded = self.shared.update_state(|state| {
             state
                 .volumes
@@ -392,7 +394,10 @@ impl Group {
     fn try_again(&self, index: VolumeIndex) -> Result<()> {
         self.out(index);
         let attached = self.attach_again(index, Trust::Compare("it was out of the path for a while".into()));
-        attached.inspect(|()| tracing::info!(volume = self.shared.volume_subject(index), "in the path again"))
+        attached.inspect(|()| {
+            tracing::info!(volume = self.shared.volume_subject(index), "in the path again");
+            self.note_in_path();
+        })
     }
 }
 

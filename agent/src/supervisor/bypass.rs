@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use farshore_proto::Name;
@@ -13,7 +14,9 @@ use farshore_uring::{BackingId, BackingOptions, Direct, FileDevice};
 
 use super::roster::{RosterDisk, mark_bypassed};
 use crate::attach::ring_file;
+use crate::config::AgentConfig;
 use crate::frontend::{stop_unused, surviving};
+use crate::state::note_bypassed;
 use crate::{Error, Result, clock};
 
 /// How long one try waits for the kernel to end the dead worker's I/O. The supervisor watches nothing meanwhile, and tries again.
@@ -22,6 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// How long a stop tries to serve what has to be served before it can be taken out, and the time between two tries.
 const TAKE_OUT_MAX: Duration = Duration::from_secs(20);
 const RETRY: Duration = Duration::from_millis(100);
+/// Between two attempts to note something on a disk that fails.
+const NOTE_RETRY: Duration = Duration::from_secs(1);
 
 /// The pass-through. Dropping it ends nothing: its threads serve for as long as the process lives.
 pub(crate) struct Bypass {
@@ -29,12 +34,16 @@ pub(crate) struct Bypass {
     host: Name,
     direct: Direct,
     served: BTreeMap<u32, ServerHandle>,
+    state: PathBuf,
+    /// Groups for which that is being noted in the state directory, or was since a worker had the devices last.
+    noting: BTreeMap<String, JoinHandle<()>>,
 }
 
 impl Bypass {
-    pub(crate) fn new(ring_dir: PathBuf, host: Name, direct: bool) -> Self {
-        let direct = if direct { Direct::Auto } else { Direct::Off };
-        Self { ring_dir, host, direct, served: BTreeMap::new() }
+    pub(crate) fn new(config: &AgentConfig, host: Name) -> Self {
+        let direct = if config.direct { Direct::Auto } else { Direct::Off };
+        let (ring_dir, state) = (config.ring_dir.clone(), config.state.clone());
+        Self { ring_dir, host, direct, served: BTreeMap::new(), state, noting: BTreeMap::new() }
     }
 
     /// Whether this serves the device `id`.
@@ -72,11 +81,31 @@ impl Bypass {
         let served = std::mem::take(&mut self.served);
         let any = !served.is_empty();
         served.into_values().for_each(ServerHandle::abandon);
+        self.noting.retain(|_, thread| !thread.is_finished());
         any
     }
 
-    /// Notes that writes to the group of `disk` go past the filter.
-    fn note(&self, disk: &RosterDisk) {
+    /// Notes that writes to the group of `disk` go past the filter: beside the rings at once, for a worker that comes back, and in the state
+    /// directory by a thread of its own, which may have to wait for a disk, for the next start of the host.
+    fn note(&mut self, disk: &RosterDisk) {
+        if !self.noting.contains_key(&disk.group)
+            && let Ok(group) = Name::new(disk.group.clone())
+        {
+            let state = self.state.clone();
+            let thread = std::thread::Builder::new().name("farshore-note".into()).spawn(move || {
+                while let Err(error) = note_bypassed(&state, &group) {
+                    let error = crate::error::chain(&error);
+                    tracing::error!(
+                        %group, error, "that writes go past the filter cannot be kept: if the host goes down now, run `farshore resync`"
+                    );
+                    std::thread::park_timeout(NOTE_RETRY);
+                }
+            });
+            match thread {
+                Ok(thread) => _ = self.noting.insert(disk.group.clone(), thread),
+                Err(error) => tracing::error!(%error, "that writes go past the filter cannot be kept"),
+            }
+        }
         let ring = ring_file(&self.ring_dir, &self.host, &disk.group);
         if let Err(error) = mark_bypassed(&self.ring_dir, &self.host, &disk.group, &ring) {
             // Guests come first; the alarm stays until a worker has read the group's state.
@@ -136,6 +165,10 @@ impl Bypass {
                     std::thread::park_timeout(RETRY);
                 }
             }
+        }
+        // Before anybody goes on without us.
+        while self.noting.values().any(|thread| !thread.is_finished()) && clock::now() < deadline {
+            std::thread::park_timeout(RETRY);
         }
         for (disk, attached) in disks {
             let Some(server) = self.served.remove(&disk.disk.id) else { continue };

@@ -192,7 +192,7 @@ pub fn run(config: &AgentConfig, host: &Name, command: WorkerCommand, notify: &d
         listener,
         machine: Machine::new(now, config.worker_gap_max, adopted.is_some()),
         worker: None,
-        bypass: Bypass::new(config.ring_dir.clone(), host.clone(), config.direct),
+        bypass: Bypass::new(config, host.clone()),
         watch: Watch::new(config.worker_hang_max),
         roster,
         events,

@@ -26,6 +26,12 @@ pub(super) const ANCESTORS_MAX: usize = 4;
 /// Extents in a page of marks.
 pub(super) const PAGE_EXTENTS: usize = 504;
 
+/// Pages that a volume can have.
+#[expect(clippy::cast_possible_truncation, reason = "2^32 / 504")]
+const PAGES_OF_VOLUME: u32 = ((1u64 << 32) / PAGE_EXTENTS as u64) as u32;
+/// Fewest and most places of a table. It is repeated over and over by the transactions; half of their ring holds one of 22,528.
+pub(super) const PLACES: std::ops::RangeInclusive<u32> = 4..=16_384;
+
 const VERSION: u32 = 1;
 const MAGIC_LOG: &[u8; 8] = b"FARSACT1";
 const MAGIC_TRANSACTION: &[u8; 8] = b"FARSACTR";
@@ -277,11 +283,11 @@ impl Transaction {
         let at = LogMark { number: reader.u64(24), session: reader.u64(32) };
         let (places, first) = (reader.u32(48), reader.u32(52));
         let (slice, changes) = (usize::from(reader.u16(56)), usize::from(reader.u16(58)));
+        if !PLACES.contains(&places) || slice > SLICE || changes > CHANGES_MAX {
+            return Err(());
+        }
         let expected = slice_of(at.number, places);
-        if slice > SLICE
-            || changes > CHANGES_MAX
-            || expected != (first..first + u32::try_from(slice).map_err(|_| ())?)
-        {
+        if expected.start != first || expected.len() != slice {
             return Err(());
         }
         let mark = |n: usize| LogMark { session: reader.u64(60 + n * 16), number: reader.u64(68 + n * 16) };
@@ -331,6 +337,10 @@ impl Page {
         }
         if reader.array(8) != *id {
             return Read::Empty;
+        }
+        // Its extents have numbers.
+        if reader.u32(40) >= PAGES_OF_VOLUME {
+            return Read::Damaged;
         }
         let volume = VolumeKey { group: reader.array(24), index: reader.u16(44) };
         let masks = Box::new(std::array::from_fn(|n| reader.u64(PAGE_HEADER + n * 8)));

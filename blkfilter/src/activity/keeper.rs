@@ -8,16 +8,13 @@ use std::sync::atomic::{Ordering, fence};
 use farshore_proto::{GroupId, LogMark, SLOT_BYTES, VolumeIndex};
 use farshore_uring::StorageFile;
 
-use super::format::{self, ANCESTORS_MAX, BLOCK, CHANGES_MAX, Read, Superblock, Transaction};
+use super::format::{self, ANCESTORS_MAX, BLOCK, CHANGES_MAX, PLACES, Read, Superblock, Transaction};
 use super::marks::Marks;
 use super::{
     ACTIVE, ActivityLog, EXTENT_BYTES, EXTENT_SLOTS, Extent, INSIDE, PLACE_SHIFT, USED, VolumeActivity, VolumeKey,
     place_of, raise,
 };
 
-/// Fewest and most extents that may be active at once. The table is repeated over and over by the transactions; half of their ring
-/// holds one of 22,528.
-const PLACES: std::ops::RangeInclusive<u32> = 4..=16_384;
 /// Most transactions of one turn, so that those of the last one are still in the ring.
 const TURN_TRANSACTIONS: usize = 64;
 const _: () = assert!((*PLACES.end() as usize).div_ceil(format::SLICE) + TURN_TRANSACTIONS < format::TRANSACTIONS);
@@ -90,11 +87,9 @@ pub struct Turn {
     pub starved: bool,
 }
 
-/// What somebody wants of the keeper.
+/// What somebody wants of the keeper beside extents.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Ask {
-    /// This extent is to be active.
-    Activate(Extent),
+pub(super) enum Order {
     /// What the log has of this volume is to be taken over, and what is missing of it elsewhere is to be marked.
     Settle(VolumeKey),
     /// The volume is gone.
@@ -156,11 +151,18 @@ pub struct Keeper<F> {
     owners: BTreeMap<Extent, u32>,
     hand: usize,
     marks: Marks,
-    waiting: VecDeque<Ask>,
+    /// Extents that are to become active.
+    waiting: VecDeque<Extent>,
+    /// Orders, which go before.
+    orders: VecDeque<Order>,
     flushing: bool,
+    /// A flush has ended, and there was no place all the same.
+    stuck: bool,
     wants_flush: bool,
     /// The superblock is not on disk.
     fresh: bool,
+    /// Blocks of transactions that are damaged and had their time: they would be taken for more, once the next ones come near.
+    rotten: Vec<u64>,
     /// Not one turn has failed since the last [`Self::begin`].
     sound: bool,
     /// When so many were answered, everything that went past the log is covered.
@@ -200,9 +202,12 @@ impl<F: StorageFile> Keeper<F> {
             hand: 0,
             marks: read.marks,
             waiting: VecDeque::new(),
+            orders: VecDeque::new(),
             flushing: false,
+            stuck: false,
             wants_flush: false,
             fresh: read.id.is_none() || read.places != places,
+            rotten: read.rotten,
             sound: false,
             owed: 0,
         };
@@ -235,6 +240,8 @@ impl<F: StorageFile> Keeper<F> {
     /// # Errors
     /// The file's; the log on disk is then as before, or cannot be relied on.
     pub fn begin(&mut self) -> io::Result<()> {
+        // What was written and not made durable is believed by nobody: all of the table follows.
+        self.durable = self.number;
         self.marks.change_all();
         if self.fresh {
             // All of it, so that later writes need no room and change no file system's maps.
@@ -243,9 +250,14 @@ impl<F: StorageFile> Keeper<F> {
             let mut bytes = vec![0; format::FIRST_PAGE * BLOCK];
             bytes[..BLOCK].copy_from_slice(&superblock.encode());
             self.file.write_at(&bytes, 0)?;
+            Marks::clear(&*self.file, &self.id)?;
+        }
+        for number in &self.rotten {
+            self.file.write_at(&[0; BLOCK], format::transaction_at(*number))?;
         }
         self.marks.write(&*self.file, &self.id)?;
         self.file.sync()?;
+        self.rotten.clear();
         let places = u32::try_from(self.table.len()).expect("at most 16,384");
         for _ in 0..format::slices(places) {
             self.write_transaction(Vec::new())?;
@@ -265,6 +277,7 @@ impl<F: StorageFile> Keeper<F> {
     /// A flush job has been run.
     pub fn handle_flushed(&mut self) {
         self.flushing = false;
+        self.stuck = true;
     }
 
     /// What is to be flushed so that extents can leave. One at a time.
@@ -273,11 +286,7 @@ impl<F: StorageFile> Keeper<F> {
         if self.flushing || !std::mem::take(&mut self.wants_flush) {
             return None;
         }
-        let dirty: BTreeSet<VolumeKey> = (0..self.table.len())
-            .filter(|place| self.state[*place] == Place::Active)
-            .filter_map(|place| Some(self.table[place]?.volume))
-            .collect();
-        let volumes: Vec<_> = dirty.into_iter().filter_map(|volume| self.log.volume(volume)).collect();
+        let volumes: Vec<_> = self.log.volumes().values().cloned().collect();
         self.flushing = !volumes.is_empty();
         self.flushing.then_some(FlushJob(volumes))
     }
@@ -300,30 +309,42 @@ impl<F: StorageFile> Keeper<F> {
             fence(Ordering::SeqCst);
             self.owed = self.log.asked();
         }
-        Ok(Turn { upheld: !self.log.passes() && self.log.answered() >= self.owed, starved })
+        let stable = !self.log.unstable.load(Ordering::Acquire);
+        Ok(Turn { upheld: stable && !self.log.passes() && self.log.answered() >= self.owed, starved })
     }
 
     /// Answers what can be answered. `true`: more is asked for than there are places.
     fn answer(&mut self) -> io::Result<bool> {
         {
-            let mut asked = self.log.asked.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            self.waiting.extend(asked.drain(..));
+            let mut asked = self.log.asked_list();
+            self.waiting.extend(asked.activations.drain(..));
+            self.orders.extend(asked.orders.drain(..));
         }
-        let low = self.low_water();
-        if self.spare.len() < self.waiting.len() + low {
-            self.let_leave(self.waiting.len() + 2 * low)?;
+        while let Some(order) = self.orders.front().copied() {
+            match order {
+                Order::Settle(volume) => self.settle(volume)?,
+                Order::Forget(volume) => self.forget(&|known| known != volume),
+            }
+            self.orders.pop_front();
+            self.log.obeyed_count.fetch_add(1, Ordering::AcqRel);
         }
+        self.make_room()?;
         let (mut changes, mut answered) = (Vec::new(), Vec::new());
-        let written = self.take(&mut changes, &mut answered).and_then(|()| self.write(&changes));
-        if let Err(error) = written {
+        while changes.len() < TURN_TRANSACTIONS * CHANGES_MAX
+            && let Some(extent) = self.waiting.front().copied()
+            && self.place_for(extent, &mut changes)
+        {
+            self.waiting.pop_front();
+            answered.push(extent);
+        }
+        if let Err(error) = self.write(&changes) {
             // Nobody has heard anything: all of them are answered when the log has been written anew.
-            answered.into_iter().rev().for_each(|ask| self.waiting.push_front(ask));
+            answered.into_iter().rev().for_each(|extent| self.waiting.push_front(extent));
             return Err(error);
         }
         let mut volumes = BTreeMap::new();
-        for ask in &answered {
-            if let Ask::Activate(extent) = ask
-                && let Some(place) = self.owners.get(extent)
+        for extent in &answered {
+            if let Some(place) = self.owners.get(extent)
                 && let Some(volume) = self.log.volume(extent.volume)
             {
                 self.activate(&volume, *extent, *place);
@@ -333,27 +354,24 @@ impl<F: StorageFile> Keeper<F> {
         let count = u64::try_from(answered.len()).expect("a count");
         self.log.answered_count.fetch_add(count, Ordering::AcqRel);
         volumes.values().for_each(|volume| volume.wake_queues());
-        let starved = matches!(self.waiting.front(), Some(Ask::Activate(_)));
-        self.wants_flush |= starved || self.spare.len() < low;
-        Ok(starved)
+        self.stuck = false;
+        self.wants_flush |= !self.waiting.is_empty() || self.spare.len() < self.low_water();
+        Ok(!self.waiting.is_empty())
     }
 
-    /// Takes from what is waiting, with the changes of the table that this needs.
-    fn take(&mut self, changes: &mut Vec<(u32, Option<Extent>)>, answered: &mut Vec<Ask>) -> io::Result<()> {
-        while changes.len() < TURN_TRANSACTIONS * CHANGES_MAX
-            && let Some(ask) = self.waiting.front().copied()
-        {
-            match ask {
-                Ask::Activate(extent) => {
-                    if !self.place_for(extent, changes) {
-                        break;
-                    }
-                }
-                Ask::Settle(volume) => self.settle(volume)?,
-                Ask::Forget(volume) => self.forget(&|known| known != volume),
-            }
-            self.waiting.pop_front();
-            answered.push(ask);
+    /// Lets extents leave for those that wait, and ahead of need.
+    fn make_room(&mut self) -> io::Result<()> {
+        let (needed, low) = (self.waiting.len(), self.low_water());
+        if self.spare.len() < needed + low {
+            self.let_leave(needed + low + low / 2, Leave::Durable)?;
+        }
+        if self.spare.len() < needed + low / 2 {
+            // The link is slow, or down.
+            self.let_leave(needed + low, Leave::Marked)?;
+        }
+        if self.stuck && self.spare.len() < needed {
+            // A device cannot be flushed, or a volume is not there.
+            self.let_leave(needed, Leave::Unflushed)?;
         }
         Ok(())
     }
@@ -448,38 +466,35 @@ impl<F: StorageFile> Keeper<F> {
         raise(&of.stamp, volume.flushes_begun.load(Ordering::SeqCst));
     }
 
-    /// Lets up to `wanted` extents leave, in memory, and marks what has to be marked of them: oldest first, those that nobody has used
-    /// since the last look.
-    fn let_leave(&mut self, wanted: usize) -> io::Result<()> {
+    /// Lets extents leave, in memory, until `wanted` places are spare: oldest first, those that nobody has used since the last look.
+    fn let_leave(&mut self, wanted: usize, which: Leave) -> io::Result<()> {
         let mut cache: BTreeMap<VolumeKey, Option<Arc<VolumeActivity>>> = BTreeMap::new();
-        let mut left = self.spare.len();
+        let mut spare = self.spare.len();
         for _ in 0..2 * self.table.len() {
-            if left >= wanted {
+            if spare >= wanted {
                 break;
             }
             let place = self.hand;
             self.hand = (self.hand + 1) % self.table.len();
             let (Place::Active, Some(extent)) = (self.state[place], self.table[place]) else { continue };
             let volume = cache.entry(extent.volume).or_insert_with(|| self.log.volume(extent.volume));
-            let Some(volume) = volume.as_ref().filter(|volume| volume.settled.load(Ordering::Acquire)) else {
-                continue;
+            let settled = volume.as_ref().filter(|volume| volume.settled.load(Ordering::Acquire));
+            let left = match settled {
+                Some(volume) => leave(volume, extent, &self.log.places[place], which),
+                // Nobody is inside by what the log says; all of it is compared when the volume is there.
+                None if which == Leave::Unflushed && volume.is_none() => Some((u64::MAX, u64::MAX)),
+                None => None,
             };
-            if !leaves(volume, extent, &self.log.places[place]) {
-                continue;
-            }
-            let of = &self.log.places[place];
-            let position = of.position.load(Ordering::Acquire);
-            let durable = position <= volume.durable.load(Ordering::Acquire);
-            let mask = if durable { volume.marked(extent.number) } else { volume.all_slots(extent.number) };
-            if let Err(error) = self.marks.set(extent, mask, if durable { 0 } else { position }) {
-                if let Some(word) = volume.extents.get(extent.number as usize) {
+            let Some((mask, until)) = left else { continue };
+            if let Err(error) = self.marks.set(extent, mask, until) {
+                if let Some(word) = settled.and_then(|volume| volume.extents.get(extent.number as usize)) {
                     word.fetch_or(ACTIVE, Ordering::SeqCst);
                 }
                 return Err(error);
             }
             self.state[place] = Place::Left;
             self.give(u32::try_from(place).expect("at most 16,384"));
-            left += 1;
+            spare += 1;
         }
         Ok(())
     }
@@ -487,6 +502,7 @@ impl<F: StorageFile> Keeper<F> {
     /// Takes over a volume's extents from an earlier life, and marks what it misses, or sync has under way, outside of them.
     fn settle(&mut self, key: VolumeKey) -> io::Result<()> {
         let Some(volume) = self.log.volume(key) else { return Ok(()) };
+        self.marks.keep_until(key, volume.ring.head());
         let first = Extent { volume: key, number: 0 };
         let last = Extent { volume: key, number: u32::MAX };
         for (extent, place) in self.owners.range(first..=last) {
@@ -537,6 +553,7 @@ impl<F: StorageFile> Keeper<F> {
             return Err(not_sound());
         }
         let (log, owners, state) = (&self.log, &self.owners, &self.state);
+        let mut wants_flush = false;
         let mut known: BTreeMap<VolumeKey, Option<Arc<VolumeActivity>>> = BTreeMap::new();
         self.marks.tidy(|extent, until| {
             // While it is active, on disk, nothing has to be marked; what it will need is found when it leaves.
@@ -545,8 +562,12 @@ impl<F: StorageFile> Keeper<F> {
             }
             let volume = known.entry(extent.volume).or_insert_with(|| log.volume(extent.volume)).as_ref()?;
             let is_known = volume.settled.load(Ordering::Acquire) && volume.durable.load(Ordering::Acquire) >= until;
-            is_known.then(|| volume.marked(extent.number))
+            // What an earlier life has marked may not be stable yet.
+            let stable = volume.flushes_ended.load(Ordering::Acquire) > 0;
+            wants_flush |= is_known && !stable;
+            (is_known && stable).then(|| volume.marked(extent.number))
         });
+        self.wants_flush |= wants_flush;
         let written = self.write_marks();
         self.sound = written.is_ok();
         self.publish_marked();
@@ -572,29 +593,47 @@ impl<F: StorageFile> Keeper<F> {
     }
 }
 
-/// Takes an extent's activity away, in memory, if nobody is inside, nobody has used it since the last look, and all its writes are
-/// stable.
-fn leaves(volume: &VolumeActivity, extent: Extent, place: &super::Place) -> bool {
-    // A volume that has shrunk does not exist; one that came back in another shape has it all the same.
-    let Some(word) = volume.extents.get(extent.number as usize) else { return true };
+/// Which extents may leave.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Leave {
+    /// Stable on their device and durable at the target.
+    Durable,
+    /// Those, and what is not durable: it is marked.
+    Marked,
+    /// Those, and what is not stable, or of a volume that is not there: it is marked as a whole, for the rest of this life.
+    Unflushed,
+}
+
+/// Takes an extent's activity away, in memory, if nobody is inside and nobody has used it since the last look. Gives what has to be marked of
+/// it, and the ring position that must be durable before that may be forgotten.
+fn leave(volume: &VolumeActivity, extent: Extent, place: &super::Place, which: Leave) -> Option<(u64, u64)> {
+    let stable = || place.stamp.load(Ordering::Acquire) < volume.flushes_ended.load(Ordering::Acquire);
+    let position = || place.position.load(Ordering::Acquire);
+    let durable = |position: u64| position <= volume.durable.load(Ordering::Acquire);
+    let may = || (stable() || which == Leave::Unflushed) && (durable(position()) || which != Leave::Durable);
+    // None: the volume has shrunk.
+    let Some(word) = volume.extents.get(extent.number as usize) else { return Some((0, 0)) };
     let seen = word.load(Ordering::Acquire);
-    if seen & INSIDE != 0 {
-        return false;
+    if seen & INSIDE != 0 || !may() {
+        return None;
     }
     if seen & USED != 0 {
         word.fetch_and(!USED, Ordering::AcqRel);
-        return false;
+        return None;
     }
-    let stable = || place.stamp.load(Ordering::Acquire) < volume.flushes_ended.load(Ordering::Acquire);
-    if !stable() || word.compare_exchange(seen, seen & !ACTIVE, Ordering::SeqCst, Ordering::Acquire).is_err() {
-        return false;
-    }
-    // Somebody may have come and gone between the first look and the exchange.
-    if !stable() {
+    word.compare_exchange(seen, seen & !ACTIVE, Ordering::SeqCst, Ordering::Acquire).ok()?;
+    // Somebody may have come and gone between the first look and the exchange. From here on nobody is inside without asking.
+    if !may() {
         word.fetch_or(ACTIVE, Ordering::SeqCst);
-        return false;
+        return None;
     }
-    true
+    let position = position();
+    match (stable(), durable(position)) {
+        // What the device loses is compared, too.
+        (false, _) => Some((volume.all_slots(extent.number), u64::MAX)),
+        (true, false) => Some((volume.all_slots(extent.number), position)),
+        (true, true) => Some((volume.marked(extent.number), 0)),
+    }
 }
 
 /// The extent's place has another owner.
@@ -614,12 +653,13 @@ struct ReadLog {
     places: u32,
     number: u64,
     marks: Marks,
+    rotten: Vec<u64>,
     loaded: Loaded,
 }
 
 fn nothing(found: Found) -> ReadLog {
     let loaded = Loaded { found, lives: Vec::new(), active: Vec::new(), marks: Vec::new() };
-    ReadLog { id: None, places: 0, number: 0, marks: Marks::default(), loaded }
+    ReadLog { id: None, places: 0, number: 0, marks: Marks::default(), rotten: Vec::new(), loaded }
 }
 
 /// Reads a log. Rules: `docs/formats/activity-log.md`.
@@ -678,7 +718,8 @@ fn read(file: &impl StorageFile, config: &KeeperConfig) -> io::Result<ReadLog> {
         active: table.into_iter().flatten().collect::<BTreeSet<_>>().into_iter().collect(),
         marks: marks.iter().collect(),
     };
-    Ok(ReadLog { id: Some(id), places: superblock.places, number: newest.at.number, marks, loaded })
+    let rotten = (0..).zip(&blocks).filter(|(_, block)| **block == Read::Damaged).map(|(number, _)| number).collect();
+    Ok(ReadLog { id: Some(id), places: superblock.places, number: newest.at.number, marks, rotten, loaded })
 }
 
 /// The transaction of this number, if it is still in the ring.

@@ -1,5 +1,6 @@
 //! What differs, or may differ, of extents that are not active: a bit per slot, in pages of the log.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
@@ -42,9 +43,21 @@ fn place(extent: Extent) -> ((VolumeKey, u32), usize) {
 }
 
 impl Marks {
+    /// Makes room for a new log: what lies where its pages will be must not look like damage of it.
+    pub(super) fn clear(file: &impl StorageFile, id: &[u8; 16]) -> io::Result<()> {
+        for block in 0..blocks(file)? {
+            let (mut bytes, at) = ([0; BLOCK], block_at(0, block));
+            file.read_at(&mut bytes, at)?;
+            if Page::decode(&bytes, id) == Read::Damaged {
+                file.write_at(&[0; BLOCK], at)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Reads the pages of the log `id`. `None`: one of them is damaged.
     pub(super) fn read(file: &impl StorageFile, id: &[u8; 16]) -> io::Result<Option<Self>> {
-        let blocks = (file.len()? / BLOCK as u64).saturating_sub(format::FIRST_PAGE as u64).min(2 * PAGES_MAX as u64);
+        let blocks = blocks(file)?;
         let mut marks = Self { pairs: blocks / 2, ..Self::default() };
         for pair in 0..blocks / 2 {
             let mut newest: Option<Page> = None;
@@ -63,10 +76,7 @@ impl Marks {
             }
             match newest {
                 None => marks.free.push((pair, 0)),
-                Some(page) => {
-                    let held = Held { page, pair, until: Box::new([0; PAGE_EXTENTS]) };
-                    marks.pages.insert((held.page.volume, held.page.number), held);
-                }
+                Some(page) => marks.take_in(page, pair),
             }
         }
         marks.recount();
@@ -75,6 +85,25 @@ impl Marks {
 
     fn recount(&mut self) {
         self.count = self.iter().count() as u64;
+    }
+
+    fn take_in(&mut self, page: Page, pair: u64) {
+        match self.pages.entry((page.volume, page.number)) {
+            Entry::Vacant(entry) => _ = entry.insert(Held { page, pair, until: Box::new([0; PAGE_EXTENTS]) }),
+            // One of them is left over from before the volume was given up once, and nothing tells which.
+            Entry::Occupied(mut entry) => {
+                let held = entry.get_mut();
+                held.page.masks.iter_mut().zip(page.masks.iter()).for_each(|(mask, more)| *mask |= more);
+                self.free.push((pair, page.sequence));
+            }
+        }
+    }
+
+    /// No mark of the volume is given up before `until` is durable: nothing is known of what earlier marks wait for.
+    pub(super) fn keep_until(&mut self, volume: VolumeKey, until: u64) {
+        for held in self.pages.range_mut((volume, 0)..=(volume, u32::MAX)).map(|(_, held)| held) {
+            held.until.iter_mut().for_each(|known| *known = until.max(*known));
+        }
     }
 
     /// The extents that have a mark.
@@ -194,6 +223,11 @@ impl Marks {
         }
         Ok(())
     }
+}
+
+/// Blocks that there are for pages.
+fn blocks(file: &impl StorageFile) -> io::Result<u64> {
+    Ok((file.len()? / BLOCK as u64).saturating_sub(format::FIRST_PAGE as u64).min(2 * PAGES_MAX as u64))
 }
 
 fn block_at(pair: u64, half: u64) -> u64 {

@@ -40,7 +40,7 @@ use farshore_uring::Waker;
 pub use format::is_log;
 pub use keeper::{FlushJob, Found, Keeper, KeeperConfig, Loaded, Turn};
 
-use keeper::Ask;
+use keeper::Order;
 
 /// Bytes of an extent.
 pub const EXTENT_BYTES: u64 = 4 << 20;
@@ -101,13 +101,25 @@ struct Place {
     stamp: AtomicU64,
 }
 
+/// What the keeper has not taken yet.
+#[derive(Debug, Default)]
+struct Asked {
+    activations: Vec<Extent>,
+    orders: Vec<Order>,
+}
+
 /// What all queues and the keeper share.
 #[derive(Debug)]
 pub struct ActivityLog {
     places: Box<[Place]>,
-    asked: Mutex<Vec<Ask>>,
+    asked: Mutex<Asked>,
     asked_count: AtomicU64,
     answered_count: AtomicU64,
+    /// Of orders.
+    ordered_count: AtomicU64,
+    obeyed_count: AtomicU64,
+    /// A backing device could not be flushed: what it holds is anybody's guess, in this life.
+    unstable: AtomicBool,
     passing: AtomicBool,
     /// Requests that did not wait for the log.
     passed: AtomicU64,
@@ -133,6 +145,9 @@ impl ActivityLog {
             asked: Mutex::default(),
             asked_count: AtomicU64::new(0),
             answered_count: AtomicU64::new(0),
+            ordered_count: AtomicU64::new(0),
+            obeyed_count: AtomicU64::new(0),
+            unstable: AtomicBool::new(false),
             passing: AtomicBool::new(false),
             passed: AtomicU64::new(0),
             marked: AtomicU64::new(0),
@@ -158,6 +173,18 @@ impl ActivityLog {
     #[must_use]
     pub fn answered(&self) -> u64 {
         self.answered_count.load(Ordering::Acquire)
+    }
+
+    /// Orders that were given ([`crate::CaptureGroup::settle`]) and obeyed, ever; in order, and before activations.
+    #[must_use]
+    pub fn obeyed(&self) -> u64 {
+        self.obeyed_count.load(Ordering::Acquire)
+    }
+
+    /// Orders that were given, ever.
+    #[must_use]
+    pub fn ordered(&self) -> u64 {
+        self.ordered_count.load(Ordering::Acquire)
     }
 
     /// Nobody waits for the log: writes go on, covered or not. Until the keeper says otherwise ([`Turn::upheld`]), a host that goes down
@@ -204,6 +231,12 @@ impl ActivityLog {
         volumes.get(&volume).map_or(0, |volume| volume.active())
     }
 
+    /// Lets go of all volumes: nobody turns the keeper any more.
+    pub fn close(&self) {
+        self.pass();
+        self.volumes().clear();
+    }
+
     fn volumes(&self) -> MutexGuard<'_, BTreeMap<VolumeKey, Arc<VolumeActivity>>> {
         self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -212,25 +245,37 @@ impl ActivityLog {
         self.volumes().get(&key).cloned()
     }
 
-    /// Asks the keeper. Gives the number of [`Self::answered`] at which it has answered.
-    fn ask(&self, ask: Ask) -> u64 {
-        self.ask_if(|| true, ask)
+    /// Asks for an extent if `wanted`, which is called with the list locked: whoever finds, under the same lock, that somebody else has
+    /// asked, finds the asking counted as well.
+    fn ask_if(&self, wanted: impl FnOnce() -> bool, extent: Extent) {
+        let mut asked = self.asked_list();
+        if !wanted() {
+            return;
+        }
+        asked.activations.push(extent);
+        self.asked_count.fetch_add(1, Ordering::SeqCst);
+        drop(asked);
+        self.wake_keeper();
     }
 
-    /// Asks if `wanted`, which is called with the list locked: whoever finds, under the same lock, that somebody else has asked, finds
-    /// the asking counted as well.
-    fn ask_if(&self, wanted: impl FnOnce() -> bool, ask: Ask) -> u64 {
-        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        if !wanted() {
-            return self.asked_count.load(Ordering::Acquire);
-        }
-        asked.push(ask);
-        let number = self.asked_count.fetch_add(1, Ordering::SeqCst) + 1;
+    /// Gives the number of [`Self::obeyed`] at which it was obeyed.
+    fn order(&self, order: Order) -> u64 {
+        let mut asked = self.asked_list();
+        asked.orders.push(order);
+        let number = self.ordered_count.fetch_add(1, Ordering::SeqCst) + 1;
         drop(asked);
+        self.wake_keeper();
+        number
+    }
+
+    fn asked_list(&self) -> MutexGuard<'_, Asked> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake_keeper(&self) {
         if let Some(WakeKeeper(wake)) = self.wake_keeper.get() {
             wake();
         }
-        number
     }
 }
 
@@ -284,20 +329,17 @@ pub(crate) struct VolumeParts {
 }
 
 impl GroupActivity {
-    /// Makes a volume known, in place of an earlier one of its number, whose active extents it keeps. No queue is open.
+    /// Makes a volume known, in place of an earlier one of its number. No queue is open. Its extents become active again by being asked
+    /// for, or when it is settled.
     pub(crate) fn open(&self, parts: VolumeParts) -> Arc<VolumeActivity> {
         let key = VolumeKey::new(&self.group, parts.index);
         let count = usize::try_from(parts.size.div_ceil(EXTENT_BYTES)).expect("usize has 64 bits");
         let mut volumes = self.log.volumes();
         let before = volumes.get(&key).cloned();
-        let word = |number: usize| {
-            let old = before.as_ref().and_then(|before| before.extents.get(number));
-            old.map_or(0, |word| word.load(Ordering::Acquire) & !(INSIDE | WANTED))
-        };
         let volume = Arc::new(VolumeActivity {
             key,
             log: Arc::clone(&self.log),
-            extents: (0..count).map(|number| AtomicU64::new(word(number))).collect(),
+            extents: (0..count).map(|_| AtomicU64::new(0)).collect(),
             ring: parts.ring,
             durable: parts.durable,
             missing: parts.missing,
@@ -318,7 +360,7 @@ impl GroupActivity {
     pub(crate) fn close(&self, index: VolumeIndex) {
         let key = VolumeKey::new(&self.group, index);
         if self.log.volumes().remove(&key).is_some() {
-            self.log.ask(Ask::Forget(key));
+            self.log.order(Order::Forget(key));
         }
     }
 }
@@ -368,7 +410,7 @@ impl VolumeActivity {
     fn want(&self, number: usize) {
         let wanted = || self.extents[number].fetch_or(WANTED, Ordering::AcqRel) & WANTED == 0;
         let number = u32::try_from(number).expect("a volume of 2^32 extents has 16 PiB");
-        self.log.ask_if(wanted, Ask::Activate(Extent { volume: self.key, number }));
+        self.log.ask_if(wanted, Extent { volume: self.key, number });
     }
 
     /// Asks that the range (bytes) be active, for what is in it already.
@@ -377,9 +419,9 @@ impl VolumeActivity {
     }
 
     /// Everything that is known to be missing is marked in memory: the keeper is to see that the log covers it, and may let extents leave
-    /// from then on. Gives what [`ActivityLog::answered`] is when it has.
+    /// from then on. Gives what [`ActivityLog::obeyed`] is when it has.
     pub(crate) fn settle(&self) -> u64 {
-        self.log.ask(Ask::Settle(self.key))
+        self.log.order(Order::Settle(self.key))
     }
 
     fn passes(&self) -> bool {
@@ -423,12 +465,28 @@ impl VolumeActivity {
         self.flushes_ended.fetch_max(number, Ordering::AcqRel);
     }
 
+    /// A flush of the backing device has failed. The device says so once; what it had in its cache may be gone all the same when the
+    /// next flush ends well.
+    pub(crate) fn fail_flush(&self) {
+        self.log.unstable.store(true, Ordering::Release);
+    }
+
     /// Flushes the backing device.
     fn flush(&self) -> io::Result<()> {
         let number = self.begin_flush();
-        (self.flush)()?;
-        self.end_flush(number);
-        Ok(())
+        match (self.flush)() {
+            Ok(()) => {
+                self.end_flush(number);
+                Ok(())
+            }
+            Err(error) => {
+                // Else it is not served.
+                if !matches!(error.kind(), io::ErrorKind::NotConnected | io::ErrorKind::NotFound) {
+                    self.fail_flush();
+                }
+                Err(error)
+            }
+        }
     }
 
     fn active(&self) -> u64 {

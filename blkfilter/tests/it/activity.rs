@@ -108,6 +108,19 @@ impl Logged {
         loaded
     }
 
+    /// The agent alone is killed: its ring is found again, and the log goes on in a new life.
+    fn kill_agent(&mut self, rig: &mut Rig) {
+        self.sessions += 1;
+        let (mut keeper, loaded) = keeper(&self.storage, self.places, self.sessions);
+        assert_eq!(loaded.found, Found::Whole);
+        keeper.begin().expect("no faults");
+        rig.config.capture.activity = Some(GroupActivity { log: Arc::clone(keeper.log()), group: GROUP });
+        self.keeper = keeper;
+        rig.kill_and_restart();
+        settle(rig);
+        self.upheld = false;
+    }
+
     fn come_back(&mut self, rig: &mut Rig, loaded: &Loaded, trusted: bool) {
         self.keeper.begin().expect("no faults");
         rig.config.capture.activity = Some(GroupActivity { log: Arc::clone(self.keeper.log()), group: GROUP });
@@ -191,6 +204,12 @@ fn what_differs_after_a_crash_is_in_the_log() {
             if logged.rng.chance(1, 4) {
                 rig.break_link();
                 logged.steps(&mut rig, count, load, link);
+            }
+            // (A log that did not cover everything says nothing of what an agent that goes on from there does.)
+            if logged.upheld && !logged.keeper.log().passes() && logged.rng.chance(1, 2) {
+                logged.kill_agent(&mut rig);
+                let count = 1 + logged.rng.below(600);
+                logged.steps(&mut rig, count, load / 2, link);
             }
             let upheld = logged.upheld && !logged.keeper.log().passes();
             let loaded = logged.go_down(&mut rig);
@@ -391,6 +410,79 @@ fn a_failing_log_lets_go_and_catches_up() {
         assert!(ranges.contains(&(extent * EXTENT_BYTES, EXTENT_BYTES)), "extent {extent}");
     }
     drop(bare.filter);
+}
+
+/// Goal: what became active by a log that was written anew after an error is in it, also when nothing was written to it since. Method: an
+/// error at each operation of a turn; the log is read as it stands then.
+#[test]
+fn an_error_in_between_loses_nothing_that_was_answered() {
+    for at in 0..4 {
+        let mut bare = Bare::new(6, 16, 64);
+        bare.write(0..3);
+        bare.keeper.turn().expect("no faults yet");
+        assert_eq!(bare.run().len(), 3);
+        bare.storage.fail_after(at, libc::EIO);
+        bare.write(8..10);
+        let failed = bare.keeper.turn().is_err();
+        bare.storage.clear_fault();
+        if failed {
+            bare.keeper.begin().expect("it works again");
+            bare.keeper.turn().expect("it works again");
+        }
+        assert_eq!(bare.run().len(), 2);
+        let (_, loaded) = keeper(&bare.storage, 16, 2);
+        assert_eq!(loaded.found, Found::Whole, "fault {at}");
+        let ranges = loaded.ranges(&GROUP, VolumeIndex(0));
+        for extent in [0, 1, 2, 8, 9] {
+            assert!(ranges.contains(&(extent * EXTENT_BYTES, EXTENT_BYTES)), "fault {at}: extent {extent}");
+        }
+    }
+}
+
+/// Goal: a table that is full of a volume that is not there yet, or never comes, keeps nobody for good. Method: a new life of a full log, in which
+/// another volume is written to first; then the old one comes.
+#[test]
+fn a_full_table_makes_room() {
+    let mut bare = Bare::new(7, 4, 64);
+    bare.write(0..4);
+    bare.keeper.turn().expect("no faults");
+    assert_eq!(bare.run().len(), 4);
+    for comes in [true, false] {
+        let storage = bare.storage.fork();
+        let (mut keeper, loaded) = keeper(&storage, 4, 2);
+        assert_eq!(loaded.active(), 4);
+        keeper.begin().expect("no faults");
+        let config = RingConfig { slab_bytes: 8 << 20, descriptors: Some(4096), ..RingConfig::new(identity()) };
+        let ring = Arc::new(Ring::create_in_memory(&Memory::new(), &config).expect("a ring"));
+        let activity = Some(GroupActivity { log: Arc::clone(keeper.log()), group: GROUP });
+        let group = CaptureGroup::new(ring, CaptureConfig { activity, ..CaptureConfig::default() });
+        let disk = || HoleyDisk(SimDisk::new(64 * EXTENT_BYTES, SimRng::new(9)));
+        group.add_volume(spec(1, Content::AsMarked, true), disk()).expect("room");
+        assert!(group.settle(VolumeIndex(1)).is_some());
+        group.cover(&group.volume(VolumeIndex(1)).expect("added"), 0, EXTENT_BYTES);
+        for _ in 0..3 {
+            let _ = keeper.turn().expect("no faults");
+            if comes && group.volume(VolumeIndex(0)).is_none() {
+                group.add_volume(spec(0, Content::AsMarked, true), disk()).expect("room");
+                assert!(group.settle(VolumeIndex(0)).is_some());
+            }
+            if let Some(job) = keeper.poll_flush() {
+                assert!(job.run());
+                keeper.handle_flushed();
+            }
+        }
+        let log = keeper.log();
+        assert_eq!((log.answered(), log.obeyed()), (log.asked(), log.ordered()), "comes: {comes}");
+        let (_, loaded) = self::keeper(&storage, 4, 3);
+        for (volume, extents) in [(1, vec![0]), (0, vec![0, 1, 2, 3])] {
+            let ranges = loaded.ranges(&GROUP, VolumeIndex(volume));
+            let covered = |at: u64| ranges.iter().any(|(offset, len)| (*offset..offset + len).contains(&at));
+            assert!(
+                extents.iter().all(|extent| covered(extent * EXTENT_BYTES)),
+                "comes: {comes}, volume {volume}: {ranges:?}"
+            );
+        }
+    }
 }
 
 /// Goal: hot extents cost no I/O; and an extent that was used last is not the one to leave.

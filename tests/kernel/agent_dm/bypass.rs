@@ -9,12 +9,12 @@ use crate::dm::{logical_volumes, lvm};
 use crate::rig::{Mounted, pattern, run, write_at};
 
 /// What the agent takes for another start of the host: another id of the boot.
-struct OtherBoot;
+pub(crate) struct OtherBoot;
 
 impl OtherBoot {
     const FILE: &'static str = "/proc/sys/kernel/random/boot_id";
 
-    fn begin(id: u8) -> Result<Self> {
+    pub(crate) fn begin(id: u8) -> Result<Self> {
         let text = format!("{id:08x}-0000-0000-0000-000000000000\n");
         std::fs::write("/dev/shm/boot_id", text).context("write a boot id")?;
         run(&format!("mount --bind /dev/shm/boot_id {}", Self::FILE))?;

@@ -1,6 +1,6 @@
 //! The real agent below device-mapper devices in use: `farshore protect --dm`.
 
-mod bypass;
+pub(crate) mod bypass;
 mod live;
 mod refused;
 mod size;

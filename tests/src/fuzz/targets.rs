@@ -4,6 +4,7 @@
 //! Checksums and seals would refuse nearly every mutation before the code behind them sees it, so targets mend the checksums
 //! and seal what they test under a key of their own.
 
+use farshore_blkfilter::activity::{Found, Keeper, KeeperConfig};
 use farshore_proto::batch::{self, Annotations, BATCH_HEADER_BYTES, BatchBuilder, BatchPlace, CutFlags, VolumeDecl};
 use farshore_proto::codec::ENCODED_BYTES_MAX;
 use farshore_proto::frame::{self, FRAME_HEADER_BYTES, FRAME_PLAIN_MAX, FrameHeader};
@@ -14,6 +15,8 @@ use farshore_proto::{
     BatchNo, ChainHash, ChunkId, Generation, GroupId, HostId, Incarnation, KeyEpoch, Name, Position, VaultId,
     VolumeIndex, WallTime, text,
 };
+use farshore_uring::sim::{SimFile, SimRng, SimStorage};
+use farshore_uring::{OpenMode, Storage, StorageFile};
 use zerocopy::FromBytes;
 
 use super::Target;
@@ -26,6 +29,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "source_message", run: source_message, seeds: source_message_seeds },
     Target { name: "target_message", run: target_message, seeds: target_message_seeds },
     Target { name: "text", run: text, seeds: text_seeds },
+    Target { name: "activity_log", run: activity_log, seeds: activity_log_seeds },
 ];
 
 /// Bytes of a target message between its prefix and its body: counter and MAC.
@@ -263,6 +267,66 @@ fn text_seeds() -> Vec<Vec<u8>> {
     ["4GiB", "1.5TB", "250ms", "72h", "2026-02-28T23:59:59.123456789Z", "2024-02-29T12:00:00+01:00", "mail-1"]
         .map(|s| s.as_bytes().to_vec())
         .to_vec()
+}
+
+/// Blocks of an activity log that the target knows: superblock, transactions, some pages of marks.
+const LOG_BLOCKS: u16 = 257 + 16;
+const LOG_BLOCK: usize = 4096;
+/// A number of a block, and its content.
+const LOG_CHUNK: usize = 2 + LOG_BLOCK;
+const LOG_CONFIG: KeeperConfig = KeeperConfig { places: 8, owner: [3; 16] };
+
+fn log_file() -> std::sync::Arc<SimFile> {
+    let storage = SimStorage::new(SimRng::new(1));
+    let file = storage.open(std::path::Path::new("log"), OpenMode::CreateNew).expect("no faults");
+    file.set_len(u64::from(LOG_BLOCKS) * LOG_BLOCK as u64).expect("no faults");
+    file
+}
+
+/// An activity log as it is found at a start: whatever is taken for one can be gone on with, and is found again.
+pub fn activity_log(bytes: &[u8]) {
+    let file = log_file();
+    for chunk in bytes.chunks(LOG_CHUNK) {
+        let Some((number, content)) = chunk.split_first_chunk::<2>() else { continue };
+        let mut block = [0; LOG_BLOCK];
+        block[..content.len()].copy_from_slice(content);
+        // Pages of marks have theirs elsewhere.
+        let crc_at = if block.starts_with(b"FARSACTM") { 60 } else { 124 };
+        let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
+        digest.update(&block[..crc_at]);
+        digest.update(&block[crc_at + 4..]);
+        let crc = u32::try_from(digest.finalize()).expect("32 bits");
+        block[crc_at..crc_at + 4].copy_from_slice(&crc.to_le_bytes());
+        let at = u64::from(u16::from_le_bytes(*number) % LOG_BLOCKS) * LOG_BLOCK as u64;
+        file.write_at(&block, at).expect("no faults");
+    }
+    let open = |session| Keeper::open(std::sync::Arc::clone(&file), LOG_CONFIG, ([9; 16], session));
+    let Ok((mut keeper, loaded)) = open(1) else { return };
+    if keeper.begin().is_err() {
+        return;
+    }
+    let (_, again) = open(2).expect("our own log");
+    assert_eq!(again.found, Found::Whole);
+    if loaded.found == Found::Whole {
+        assert!(again.active() >= loaded.active().min(8), "{} extents became {}", loaded.active(), again.active());
+    }
+}
+
+fn activity_log_seeds() -> Vec<Vec<u8>> {
+    let file = log_file();
+    let (mut keeper, _) = Keeper::open(std::sync::Arc::clone(&file), LOG_CONFIG, ([9; 16], 5)).expect("an empty file");
+    keeper.begin().expect("no faults");
+    keeper.begin().expect("no faults");
+    let chunk = |number: u16, block: &[u8]| [&number.to_le_bytes()[..], block].concat();
+    let mut begun = Vec::new();
+    for number in [0, 2, 3] {
+        let mut block = [0; LOG_BLOCK];
+        file.read_at(&mut block, u64::from(number) * LOG_BLOCK as u64).expect("no faults");
+        begun.extend(chunk(number, &block));
+    }
+    let golden = include_bytes!("../../../blkfilter/tests/golden/activity-log.bin");
+    let numbers = [0, 6, 257].into_iter().zip(golden.chunks(LOG_BLOCK));
+    vec![begun, numbers.flat_map(|(number, block)| chunk(number, block)).collect()]
 }
 
 #[cfg(test)]
