@@ -18,7 +18,7 @@ use std::fs::{File, TryLockError};
 use std::io::{self, Read};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -44,6 +44,10 @@ const FILE: &str = "activity.log";
 const LOCK_WAIT: Duration = Duration::from_secs(1);
 /// Between two looks at marks that may not be needed any more.
 const TIDY: Duration = Duration::from_secs(2);
+/// Between two parts of such a look.
+const TIDY_ON: Duration = Duration::from_millis(20);
+/// Time between two flushes that nobody waits for.
+const FLUSH_AHEAD: Duration = Duration::from_secs(1);
 /// Longest wait of a thread that has nothing to do.
 const IDLE: Duration = Duration::from_secs(10);
 /// Between two attempts to write a log, or a state, that failed.
@@ -51,8 +55,10 @@ const RETRY: Duration = Duration::from_secs(1);
 /// The log has to cover everything for so long before that is recorded again: a disk that is slow now and then would have the
 /// state written all the time.
 const CALM: Duration = Duration::from_secs(10);
-/// Longest wait of a start for the log. Guests wait all the while.
-const START_MAX: Duration = Duration::from_secs(2);
+/// Longest wait of a start for the log, where guests of an earlier process wait all the while, and where nobody does.
+pub(crate) const START_MAX: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+/// Longest wait of a start until the log has what is marked.
+const SETTLE_MAX: Duration = Duration::from_secs(2);
 /// Longest wait of a stop for threads that may wait for a disk.
 const STOP_MAX: Duration = Duration::from_secs(2);
 /// Pause after a flush that failed.
@@ -81,6 +87,8 @@ struct Inner {
     changed: Condvar,
     /// What was recorded last says that the log covers everything, and nothing else is wanted.
     covered: AtomicBool,
+    /// Backing devices of an earlier process that are being flushed.
+    unflushed: AtomicU64,
     /// Beside the rings, while guests go past the log.
     flag: PathBuf,
     stall_max: Duration,
@@ -96,6 +104,8 @@ struct Record {
     wanted: bool,
     /// Since when `wanted` is what it is.
     since: Now,
+    /// The last attempt to record failed.
+    unsure: bool,
 }
 
 #[derive(Default)]
@@ -124,8 +134,10 @@ impl Activity {
         store: &StateDir<DirStorage>,
         alarms: &Arc<Alarms>,
         known: Known,
+        limit: Duration,
     ) -> Result<Option<Self>> {
         let path = place(config);
+        let flag = config.ring_dir.join(format!("farshore-{host}.passing"));
         let groups = known.groups.clone();
         let (sender, opened) = sync_channel(0);
         let (of_config, of_store) = (Arc::clone(config), store.clone());
@@ -134,6 +146,8 @@ impl Activity {
         let thread = std::thread::Builder::new().name("farshore-log".into()).spawn(move || _ = sender.send(open()));
         thread.map_err(|error| Error::failed("activity log's thread", error))?;
         let failed = |reason: &str| {
+            // For the next worker: this one covers nothing.
+            note_passing(&flag);
             let text = format!(
                 "{}: {reason}; guests go on without it, and after a crash of the host everything is compared",
                 path.display()
@@ -141,14 +155,13 @@ impl Activity {
             alarms.raise(code::ACTIVITY, "", text);
             Ok(None)
         };
-        let Opened { keeper, loaded, lock, kept, last_boot, covers_last } = match opened.recv_timeout(START_MAX) {
+        let Opened { keeper, loaded, lock, kept, last_boot, covers_last } = match opened.recv_timeout(limit) {
             Ok(Ok(opened)) => opened,
             Ok(Err(error @ Error::Refused { .. })) => return Err(error),
             Ok(Err(error)) => return failed(&crate::error::chain(&error)),
             Err(_) => return failed("its disk, or that of the state directory, does not answer"),
         };
         // A worker that was killed while guests went past the log may not have got to saying so.
-        let flag = config.ring_dir.join(format!("farshore-{host}.passing"));
         let covers_last = covers_last && !flag.exists();
         alarms.clear(code::ACTIVITY, "");
         let policies = config.groups.values().map(|policy| policy.stall_max);
@@ -156,9 +169,10 @@ impl Activity {
             log: Arc::clone(keeper.log()),
             alarms: Arc::clone(alarms),
             store: store.clone(),
-            record: Mutex::new(Record { kept, wanted: covers_last, since: clock::now() }),
+            record: Mutex::new(Record { kept, wanted: covers_last, since: clock::now(), unsure: false }),
             covered: AtomicBool::new(false),
-            flag,
+            unflushed: AtomicU64::new(0),
+            flag: flag.clone(),
             state: Mutex::default(),
             changed: Condvar::new(),
             stall_max: policies.chain([crate::config::GroupPolicy::default().stall_max]).min().unwrap_or_default(),
@@ -205,17 +219,38 @@ impl Activity {
     /// Waits until so much was obeyed, or until nobody waits for the log any more: then it does not cover everything before it has obeyed
     /// that, too.
     pub(crate) fn wait_obeyed(&self, number: u64) {
+        let end = clock::now().plus(SETTLE_MAX);
         let mut state = self.inner.state();
         while self.inner.log.obeyed() < number && !self.inner.log.passes() {
-            state = self.inner.wait(state, RETRY);
+            let left = end.since(clock::now());
+            if left.is_zero() {
+                drop(state);
+                self.inner.pass();
+                return;
+            }
+            state = self.inner.wait(state, left);
+        }
+    }
+
+    /// What `files` hold has to be stable before the log covers everything: by a thread of its own, for nobody knows how long a disk takes.
+    pub(crate) fn flush_first(&self, files: Vec<Arc<File>>) {
+        let inner = Arc::clone(&self.inner);
+        inner.unflushed.fetch_add(1, Ordering::AcqRel);
+        let flush = move || {
+            if files.iter().any(|file| file.sync_data().is_err()) {
+                inner.spoil("a volume of an earlier process could not be flushed");
+            }
+            inner.unflushed.fetch_sub(1, Ordering::AcqRel);
+            inner.signal(|state| state.work = true);
+        };
+        if std::thread::Builder::new().name("farshore-flush".into()).spawn(flush).is_err() {
+            self.spoil("a volume of an earlier process could not be flushed");
         }
     }
 
     /// What was there before cannot be covered any more, in this life.
     pub(crate) fn spoil(&self, reason: &str) {
-        tracing::warn!(reason, "the activity log does not cover everything until the next start");
-        self.inner.spoilt.store(true, Ordering::Release);
-        self.inner.want(false);
+        self.inner.spoil(reason);
     }
 
     /// All groups have been started: from here on the log can cover everything.
@@ -263,6 +298,10 @@ impl Activity {
 impl Drop for Activity {
     fn drop(&mut self) {
         self.inner.signal(|state| state.stop = true);
+        if self.inner.log.is_used() {
+            // Devices in use are served for as long as this process lives.
+            self.inner.pass();
+        }
         // Nobody waits for it from here on.
         self.inner.log.close();
         let end = clock::now().plus(STOP_MAX);
@@ -318,7 +357,7 @@ impl Opened {
         if let Found::Damaged(reason) = &loaded.found {
             tracing::warn!(path = %path.display(), reason, "the activity log is damaged: a new one is made");
         }
-        let covers_last = before.as_ref().is_some_and(|state| state.covers(&loaded));
+        let covers_last = before.as_ref().is_some_and(|state| state.path == path && state.covers(&loaded));
         // Says that nothing is covered, until somebody has taken it over and says otherwise.
         let kept = LogState::new(&path, life.max(1), boot_text()?);
         keeper.retain(|volume| known.knows(volume));
@@ -362,6 +401,12 @@ impl Inner {
         self.record.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn spoil(&self, reason: &str) {
+        tracing::warn!(reason, "the activity log does not cover everything until the next start");
+        self.spoilt.store(true, Ordering::Release);
+        self.want(false);
+    }
+
     fn signal(&self, change: impl FnOnce(&mut Signals)) {
         change(&mut self.state());
         self.changed.notify_all();
@@ -394,11 +439,13 @@ impl Inner {
 
     /// Lets guests go on. What a worker that is killed now may not get to recording stands beside the rings, which it needs all the same.
     fn pass(&self) {
-        if let Err(error) = File::create(&self.flag) {
-            tracing::warn!(%error, "that guests go past the activity log cannot be noted beside the rings");
-        }
         self.want(false);
-        self.log.pass();
+        {
+            // Nobody who has just recorded that all is covered takes it away again.
+            let _record = self.record();
+            note_passing(&self.flag);
+            self.log.pass();
+        }
         self.want(false);
         self.signal(|_| {});
     }
@@ -442,14 +489,15 @@ impl Inner {
                 keeper.handle_flushed();
             }
             let started = self.state().started;
+            let tidied = if tidy { keeper.tidy() } else { Ok(false) };
             if tidy {
-                tidy_due = clock::now().plus(TIDY);
+                tidy_due = clock::now().plus(if matches!(tidied, Ok(true)) { TIDY_ON } else { TIDY });
             }
-            let turned = if tidy { keeper.tidy() } else { Ok(()) };
-            match turned.and_then(|()| keeper.turn()) {
+            match tidied.and_then(|_| keeper.turn()) {
                 Ok(turn) => {
                     let found = |(asked, ordered)| self.log.answered() >= asked && self.log.obeyed() >= ordered;
-                    let based = self.covers_last || started.is_some_and(found);
+                    let flushed = self.unflushed.load(Ordering::Acquire) == 0;
+                    let based = self.covers_last || (flushed && started.is_some_and(found));
                     self.want(turn.upheld && based && !self.spoilt.load(Ordering::Acquire));
                 }
                 Err(error) => {
@@ -490,10 +538,17 @@ impl Inner {
 
     fn flush(&self, jobs: &Receiver<FlushJob>) {
         while let Ok(job) = jobs.recv() {
+            let urgent = job.is_urgent();
             if !job.run() && self.sleep(FLUSH_PAUSE) {
                 return;
             }
             self.signal(|state| state.flushed = true);
+            // The next one may be urgent then; it is taken when this pause is over, or somebody waits.
+            let end = clock::now().plus(FLUSH_AHEAD);
+            let mut state = self.state();
+            while !urgent && !state.stop && clock::now() < end && self.log.answered() >= self.log.asked() {
+                state = self.wait(state, end.since(clock::now()));
+            }
         }
     }
 
@@ -549,12 +604,18 @@ impl Inner {
 
     /// Keeps the state directory's word in step.
     fn keep_record(&self) {
-        let mut first = true;
+        let (mut first, mut said) = (true, false);
         loop {
             let due = {
                 let record = self.record();
+                let silent = !record.wanted && !record.kept.upheld && !said;
+                if silent && clock::now().since(record.since) >= CALM {
+                    // It never did, in this life.
+                    said = true;
+                    self.say(false, None);
+                }
                 let calm = if record.wanted && !first { CALM } else { Duration::ZERO };
-                (record.wanted != record.kept.upheld).then(|| record.since.plus(calm))
+                (record.wanted != record.kept.upheld || record.unsure).then(|| record.since.plus(calm))
             };
             let now = clock::now();
             match due {
@@ -564,6 +625,7 @@ impl Inner {
                         LogState { upheld: record.wanted, ..record.kept.clone() }
                     };
                     first &= !new.upheld;
+                    said |= !new.upheld;
                     if !new.upheld {
                         // The disk that it is written to may be the one that hangs.
                         self.say(false, None);
@@ -572,16 +634,21 @@ impl Inner {
                         Ok(()) => {
                             let mut record = self.record();
                             record.kept = new.clone();
-                            let covered = new.upheld && record.wanted;
+                            record.unsure = false;
+                            let covered = new.upheld && record.wanted && !self.log.passes();
                             self.covered.store(covered, Ordering::Release);
-                            drop(record);
                             if covered {
-                                // None: guests never went past it.
+                                // With the record locked: who lets guests go on makes it anew behind this. None: they never went.
                                 let _ = std::fs::remove_file(&self.flag);
                             }
-                            self.say(new.upheld, None);
+                            drop(record);
+                            if covered || !new.upheld {
+                                self.say(new.upheld, None);
+                            }
                         }
                         Err(error) => {
+                            // What is on the disk now may be either.
+                            self.record().unsure = true;
                             self.say(false, Some(&error));
                             if self.sleep(RETRY) {
                                 return;
@@ -647,6 +714,13 @@ pub fn activity_log_place(config: &AgentConfig) -> Result<()> {
 
 fn place(config: &AgentConfig) -> PathBuf {
     config.activity_log.clone().unwrap_or_else(|| config.state.join(FILE))
+}
+
+/// Tells the next worker that guests went past the log.
+fn note_passing(flag: &Path) {
+    if let Err(error) = File::create(flag) {
+        tracing::warn!(%error, "that guests go past the activity log cannot be noted beside the rings");
+    }
 }
 
 /// What lies where the log is to be, and is none, is not overwritten, unless it was ours.

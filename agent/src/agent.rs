@@ -15,10 +15,10 @@ use farshore_streamer::{DurableBatch, Phase, StreamerStatus};
 use farshore_uring::{BackingId, DirStorage};
 use serde_json::{Value, json};
 
-use crate::activity::{Activity, Known};
+use crate::activity::{Activity, Known, START_MAX};
 use crate::alarms::{Alarm, Alarms, code};
 use crate::api::ProtectRequest;
-use crate::attach::ring_folder;
+use crate::attach::{ring_file, ring_folder};
 use crate::config::AgentConfig;
 use crate::devices::{Access, Host, Protected, own_files};
 use crate::frontend::Frontend;
@@ -26,7 +26,7 @@ use crate::gate::{self, Gate};
 use crate::group::{Context, Group, NewPlace, NewVolume};
 use crate::points::Cuts;
 use crate::source::open_source;
-use crate::state::{StateDir, VolumeState};
+use crate::state::{GroupState, StateDir, VolumeState};
 use crate::supervisor::SupervisorLink;
 use crate::watch::Watch;
 use crate::{Error, Result, clock, interpose};
@@ -81,7 +81,9 @@ impl Agent {
         let names = store.groups()?;
         let (config, identity) = (Arc::new(config), Arc::new(identity));
         let known = known(&store, &identity, &names);
-        let activity = Activity::start(&config, host, &store, &alarms, known)?.map(Arc::new);
+        let waited_for = |name: &Name| ring_file(&config.ring_dir, &identity.name, name.as_str()).exists();
+        let limit = if names.iter().any(waited_for) { START_MAX.0 } else { START_MAX.1 };
+        let activity = Activity::start(&config, host, &store, &alarms, known, limit)?.map(Arc::new);
         let context = Context { config, identity, store, alarms, supervisor, activity };
         let mut all_started = true;
         let agent = Self {
@@ -104,6 +106,7 @@ impl Agent {
                 // One group's trouble does not end the protection of the others.
                 Err(error) => {
                     all_started = false;
+                    leave_path(&agent.context.store, &name);
                     let text = format!("is not protected: {}", crate::error::chain(&error));
                     agent.context.alarms.raise(code::UNAVAILABLE, name.as_str(), text);
                 }
@@ -489,6 +492,16 @@ impl Agent {
 impl Agent {
     pub(crate) fn requests_inside(&self) -> usize {
         self.requests.wait_empty(Duration::ZERO)
+    }
+}
+
+/// A group cannot be started: what is written to its volumes from here on goes past us, whatever becomes of the host.
+fn leave_path(store: &StateDir<DirStorage>, group: &Name) {
+    let Ok(Some(state)) = store.read_group(group) else { return };
+    if state.boot.is_some()
+        && let Err(error) = store.write_group(group, &GroupState { boot: None, ..state })
+    {
+        tracing::error!(%group, error = crate::error::chain(&error), "if the host goes down now, run `farshore resync` of its volumes");
     }
 }
 

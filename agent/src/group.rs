@@ -227,6 +227,10 @@ impl Group {
         // What they showed is marked.
         shared.update_state(|state| {
             state.volumes.iter_mut().filter(|it| it.mapped.is_none()).for_each(|volume| volume.evidence = None);
+            if activity.is_none() {
+                // Nothing tells from here on what happens, whatever an earlier life's log says.
+                state.boot = None;
+            }
         });
         let mut settings = StreamerConfig::new(
             SourceConfig { vault: identity.vault, group: name.clone(), host: identity.name.clone(), host_key },
@@ -302,7 +306,7 @@ impl Group {
     /// Notes that all requests go through us from here on, if they do: until a host that goes down has the next boot, or we leave the path.
     fn note_in_path(&self) {
         let out = |place: &Place| matches!(place, Place::Out(_));
-        if self.places().values().any(out) {
+        if self.shared.activity.is_none() || self.places().values().any(out) {
             return;
         }
         match boot_text() {
@@ -553,9 +557,12 @@ impl Group {
     /// A volume behind the device mapper is taken out of the path; its users go on. Another block device in use is not taken away: it
     /// is served for as long as the process lives, and waits for the next agent then; so the ring stays as a dead agent would leave it.
     pub(crate) fn stop(self, deadline: Now) -> Result<()> {
-        // From here on somebody may write past us, and a host that goes down leaves no trace of it. If it cannot be recorded, they stay.
-        let left = self.shared.update_state(|state| state.boot = None);
-        let (mut noted, all_out) = if left { self.detach_all() } else { (Vec::new(), false) };
+        // From here on somebody may write past us, and a host that goes down leaves no trace of it.
+        if !self.shared.update_state(|state| state.boot = None) {
+            let what = format!("state of group {}", self.shared.name);
+            return Err(Error::failed(what, "cannot be written; its volumes stay as they are for the next agent"));
+        }
+        let (mut noted, all_out) = self.detach_all();
         let (mut filters, mut stopped) = (Vec::new(), Vec::new());
         let mut in_use = !all_out;
         for (index, served) in std::mem::take(&mut *self.served()) {

@@ -256,11 +256,9 @@ impl Shared {
                 self.capture.cover(&volume, offset, length);
             }
         }
-        let stable =
-            filters.map(|filter| filter.file().backing().file.sync_data()).filter(|synced| synced.is_err()).count()
-                == 0;
-        if !stable || !whole || !self.captures_all() {
-            activity.spoil("a volume of an earlier process could not be flushed");
+        activity.flush_first(filters.map(|filter| Arc::clone(&filter.file().backing().file)).collect());
+        if !whole || !self.captures_all() {
+            activity.spoil("a volume of an earlier process is not there to be flushed");
         }
     }
 

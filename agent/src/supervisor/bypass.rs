@@ -25,6 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// How long a stop tries to serve what has to be served before it can be taken out, and the time between two tries.
 const TAKE_OUT_MAX: Duration = Duration::from_secs(20);
 const RETRY: Duration = Duration::from_millis(100);
+/// How long guests wait for the note before they are served.
+const NOTE_WAIT: Duration = Duration::from_millis(500);
 /// Between two attempts to note something on a disk that fails.
 const NOTE_RETRY: Duration = Duration::from_secs(1);
 
@@ -35,7 +37,7 @@ pub(crate) struct Bypass {
     direct: Direct,
     served: BTreeMap<u32, ServerHandle>,
     state: PathBuf,
-    /// Groups for which that is being noted in the state directory, or was since a worker had the devices last.
+    /// Groups for which that is being noted in the state directory, or was.
     noting: BTreeMap<String, JoinHandle<()>>,
 }
 
@@ -70,6 +72,11 @@ impl Bypass {
         };
         let device = open_same(disk, self.direct)?;
         self.note(disk);
+        // Most disks answer at once; guests do not wait for one that does not.
+        let end = clock::now().plus(NOTE_WAIT);
+        while self.noting.get(&disk.group).is_some_and(|thread| !thread.is_finished()) && clock::now() < end {
+            std::thread::park_timeout(Duration::from_millis(2));
+        }
         let server = Server::recover(id, PATIENCE, Arc::new(device)).map_err(|error| failed(&error))?;
         tracing::error!(volume = disk.volume, id, "served without capture: nothing protects this volume now");
         self.served.insert(id, server);
@@ -81,16 +88,14 @@ impl Bypass {
         let served = std::mem::take(&mut self.served);
         let any = !served.is_empty();
         served.into_values().for_each(ServerHandle::abandon);
-        self.noting.retain(|_, thread| !thread.is_finished());
         any
     }
 
     /// Notes that writes to the group of `disk` go past the filter: beside the rings at once, for a worker that comes back, and in the state
     /// directory by a thread of its own, which may have to wait for a disk, for the next start of the host.
     fn note(&mut self, disk: &RosterDisk) {
-        if !self.noting.contains_key(&disk.group)
-            && let Ok(group) = Name::new(disk.group.clone())
-        {
+        let noting = self.noting.get(&disk.group).is_some_and(|thread| !thread.is_finished());
+        if !noting && let Ok(group) = Name::new(disk.group.clone()) {
             let state = self.state.clone();
             let thread = std::thread::Builder::new().name("farshore-note".into()).spawn(move || {
                 while let Err(error) = note_bypassed(&state, &group) {

@@ -108,14 +108,23 @@ enum Place {
 
 /// Flushes that are needed so that extents can leave; to be run on a thread of its own: it blocks.
 #[must_use = "extents cannot leave before it has run"]
-pub struct FlushJob(Vec<Arc<VolumeActivity>>);
+pub struct FlushJob {
+    volumes: Vec<Arc<VolumeActivity>>,
+    urgent: bool,
+}
 
 impl FlushJob {
+    /// Somebody waits for it; else it is ahead of need.
+    #[must_use]
+    pub fn is_urgent(&self) -> bool {
+        self.urgent
+    }
+
     /// Flushes. Then [`Keeper::handle_flushed`]. `false`: not all could be; extents of those stay.
     #[must_use]
     pub fn run(self) -> bool {
         let mut all = true;
-        for volume in self.0 {
+        for volume in self.volumes {
             if let Err(error) = volume.flush() {
                 tracing::debug!(volume = ?volume.key, %error, "a volume could not be flushed for the activity log");
                 all = false;
@@ -127,7 +136,7 @@ impl FlushJob {
 
 impl std::fmt::Debug for FlushJob {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("FlushJob").field("volumes", &self.0.len()).finish()
+        f.debug_struct("FlushJob").field("volumes", &self.volumes.len()).finish()
     }
 }
 
@@ -148,6 +157,8 @@ pub struct Keeper<F> {
     /// Places that may be given away, oldest first; some have been taken again by their owner.
     spare: VecDeque<u32>,
     is_spare: Vec<bool>,
+    /// Places that are not active; all of them are spare.
+    idle: usize,
     owners: BTreeMap<Extent, u32>,
     hand: usize,
     marks: Marks,
@@ -158,10 +169,13 @@ pub struct Keeper<F> {
     flushing: bool,
     /// A flush has ended, and there was no place all the same.
     stuck: bool,
+    /// An extent could leave, but for a flush.
+    held_by_flush: bool,
     wants_flush: bool,
     /// The superblock is not on disk.
     fresh: bool,
-    /// Blocks of transactions that are damaged and had their time: they would be taken for more, once the next ones come near.
+    /// Blocks of transactions that are damaged and had their time, or are of a batch that nobody believes: they would be taken for more, once
+    /// the next ones come near.
     rotten: Vec<u64>,
     /// Not one turn has failed since the last [`Self::begin`].
     sound: bool,
@@ -198,6 +212,7 @@ impl<F: StorageFile> Keeper<F> {
             state: vec![Place::Empty; places as usize],
             spare: VecDeque::new(),
             is_spare: vec![false; places as usize],
+            idle: places as usize,
             owners: BTreeMap::new(),
             hand: 0,
             marks: read.marks,
@@ -205,21 +220,30 @@ impl<F: StorageFile> Keeper<F> {
             orders: VecDeque::new(),
             flushing: false,
             stuck: false,
+            held_by_flush: false,
             wants_flush: false,
             fresh: read.id.is_none() || read.places != places,
             rotten: read.rotten,
             sound: false,
             owed: 0,
         };
-        let mut active = loaded.active.iter();
-        for (place, extent) in (0..places).zip(&mut active) {
-            keeper.table[place as usize] = Some(*extent);
-            keeper.state[place as usize] = Place::Active;
-            keeper.owners.insert(*extent, place);
-        }
-        // The table has become smaller.
-        for extent in active {
-            keeper.marks.add(*extent, u64::MAX)?;
+        // Where they stand on disk, if that goes on: wherever `begin` is cut off, the table is the same. *(Packed anew, one that moves to
+        // an earlier place would be in neither.)*
+        let stays = keeper.id == read.id.unwrap_or_default();
+        let found: Vec<(u32, Extent)> = match stays {
+            true => (0..).zip(&read.table).filter_map(|(place, owner)| Some((place, (*owner)?))).collect(),
+            false => (0..).zip(loaded.active.iter().copied()).collect(),
+        };
+        for (place, extent) in found {
+            if place >= places {
+                // The table has become smaller.
+                keeper.marks.add(extent, u64::MAX)?;
+            } else if let std::collections::btree_map::Entry::Vacant(entry) = keeper.owners.entry(extent) {
+                entry.insert(place);
+                keeper.table[place as usize] = Some(extent);
+                keeper.state[place as usize] = Place::Active;
+                keeper.idle -= 1;
+            }
         }
         for place in 0..places {
             if keeper.state[place as usize] == Place::Empty {
@@ -244,12 +268,13 @@ impl<F: StorageFile> Keeper<F> {
         self.durable = self.number;
         self.marks.change_all();
         if self.fresh {
-            // All of it, so that later writes need no room and change no file system's maps.
             let places = u32::try_from(self.table.len()).expect("at most 16,384");
             let superblock = Superblock { id: self.id, owner: self.owner, places };
-            let mut bytes = vec![0; format::FIRST_PAGE * BLOCK];
-            bytes[..BLOCK].copy_from_slice(&superblock.encode());
-            self.file.write_at(&bytes, 0)?;
+            self.file.write_at(&superblock.encode(), 0)?;
+            // From here on no transaction of an earlier log is believed, whatever becomes of the next.
+            self.file.sync()?;
+            // All of it, so that later writes need no room and change no file system's maps.
+            self.file.write_at(&vec![0; (format::FIRST_PAGE - 1) * BLOCK], BLOCK as u64)?;
             Marks::clear(&*self.file, &self.id)?;
         }
         for number in &self.rotten {
@@ -287,8 +312,9 @@ impl<F: StorageFile> Keeper<F> {
             return None;
         }
         let volumes: Vec<_> = self.log.volumes().values().cloned().collect();
+        let urgent = !self.waiting.is_empty();
         self.flushing = !volumes.is_empty();
-        self.flushing.then_some(FlushJob(volumes))
+        self.flushing.then_some(FlushJob { volumes, urgent })
     }
 
     /// Answers what was asked for, as far as it can without waiting for a flush, and lets extents leave ahead of need.
@@ -303,9 +329,9 @@ impl<F: StorageFile> Keeper<F> {
         self.sound = result.is_ok();
         self.publish_marked();
         let starved = result?;
-        if self.log.passes() && self.log.answered() == self.log.asked() {
+        if self.log.passing.load(Ordering::Acquire) && !starved {
+            // All that had asked by the begin of this turn are answered. Who asked since may have gone past: see `owed`.
             self.log.passing.store(false, Ordering::SeqCst);
-            // A request that went past in this very moment had asked before.
             fence(Ordering::SeqCst);
             self.owed = self.log.asked();
         }
@@ -355,24 +381,28 @@ impl<F: StorageFile> Keeper<F> {
         self.log.answered_count.fetch_add(count, Ordering::AcqRel);
         volumes.values().for_each(|volume| volume.wake_queues());
         self.stuck = false;
-        self.wants_flush |= !self.waiting.is_empty() || self.spare.len() < self.low_water();
+        let wants = !self.waiting.is_empty() || self.idle < self.low_water();
+        self.wants_flush |= wants && self.held_by_flush;
         Ok(!self.waiting.is_empty())
     }
 
     /// Lets extents leave for those that wait, and ahead of need.
     fn make_room(&mut self) -> io::Result<()> {
         let (needed, low) = (self.waiting.len(), self.low_water());
-        if self.spare.len() < needed + low {
+        self.held_by_flush = false;
+        if self.idle < needed + low {
             self.let_leave(needed + low + low / 2, Leave::Durable)?;
         }
-        if self.spare.len() < needed + low / 2 {
+        if self.idle < needed + low / 2 {
             // The link is slow, or down.
             self.let_leave(needed + low, Leave::Marked)?;
         }
-        if self.stuck && self.spare.len() < needed {
+        if self.stuck && self.idle < needed {
             // A device cannot be flushed, or a volume is not there.
             self.let_leave(needed, Leave::Unflushed)?;
         }
+        // One that is there after the flush has waited for it in vain.
+        self.held_by_flush |= self.idle < needed;
         Ok(())
     }
 
@@ -385,7 +415,8 @@ impl<F: StorageFile> Keeper<F> {
     fn place_for(&mut self, extent: Extent, changes: &mut Vec<(u32, Option<Extent>)>) -> bool {
         if let Some(place) = self.owners.get(&extent) {
             // It is, or still stands, in the table on disk.
-            self.state[*place as usize] = Place::Active;
+            let before = std::mem::replace(&mut self.state[*place as usize], Place::Active);
+            self.idle -= usize::from(before != Place::Active);
             return true;
         }
         let place = loop {
@@ -403,6 +434,7 @@ impl<F: StorageFile> Keeper<F> {
         }
         self.owners.insert(extent, place);
         self.state[place as usize] = Place::Active;
+        self.idle -= 1;
         let of = &self.log.places[place as usize];
         of.position.store(0, Ordering::Release);
         of.stamp.store(0, Ordering::Release);
@@ -469,9 +501,8 @@ impl<F: StorageFile> Keeper<F> {
     /// Lets extents leave, in memory, until `wanted` places are spare: oldest first, those that nobody has used since the last look.
     fn let_leave(&mut self, wanted: usize, which: Leave) -> io::Result<()> {
         let mut cache: BTreeMap<VolumeKey, Option<Arc<VolumeActivity>>> = BTreeMap::new();
-        let mut spare = self.spare.len();
         for _ in 0..2 * self.table.len() {
-            if spare >= wanted {
+            if self.idle >= wanted {
                 break;
             }
             let place = self.hand;
@@ -482,21 +513,35 @@ impl<F: StorageFile> Keeper<F> {
             let left = match settled {
                 Some(volume) => leave(volume, extent, &self.log.places[place], which),
                 // Nobody is inside by what the log says; all of it is compared when the volume is there.
-                None if which == Leave::Unflushed && volume.is_none() => Some((u64::MAX, u64::MAX)),
-                None => None,
+                None if which == Leave::Unflushed && volume.is_none() => Ok((u64::MAX, u64::MAX)),
+                None => Err(Held::Otherwise),
             };
-            let Some((mask, until)) = left else { continue };
-            if let Err(error) = self.marks.set(extent, mask, until) {
-                if let Some(word) = settled.and_then(|volume| volume.extents.get(extent.number as usize)) {
-                    word.fetch_or(ACTIVE, Ordering::SeqCst);
+            match left {
+                Ok((mask, until)) => self.set_mark(extent, mask, until)?,
+                Err(held) => {
+                    self.held_by_flush |= held == Held::ByFlush;
+                    continue;
                 }
-                return Err(error);
             }
             self.state[place] = Place::Left;
+            self.idle += 1;
             self.give(u32::try_from(place).expect("at most 16,384"));
-            spare += 1;
         }
         Ok(())
+    }
+
+    /// Marks an extent. Where there is no room for more marks, it goes on without: the log does not cover everything any more, in this
+    /// life.
+    fn set_mark(&mut self, extent: Extent, mask: u64, until: u64) -> io::Result<()> {
+        match self.marks.set(extent, mask, until) {
+            Err(error) if error.kind() == io::ErrorKind::StorageFull => {
+                if !self.log.unstable.swap(true, Ordering::AcqRel) {
+                    tracing::warn!(%error, "the activity log does not cover everything until the next start");
+                }
+                Ok(())
+            }
+            marked => marked,
+        }
     }
 
     /// Takes over a volume's extents from an earlier life, and marks what it misses, or sync has under way, outside of them.
@@ -515,7 +560,8 @@ impl<F: StorageFile> Keeper<F> {
             let extent = Extent { volume: key, number };
             let mask = volume.marked(number);
             if mask != 0 && !self.is_active(extent) {
-                self.marks.add(extent, mask)?;
+                let (before, until) = self.marks.get(extent);
+                self.set_mark(extent, before | mask, until)?;
             }
         }
         self.write_marks()?;
@@ -533,7 +579,8 @@ impl<F: StorageFile> Keeper<F> {
             let Some(extent) = self.table[place].filter(|extent| !known(extent.volume)) else { continue };
             self.owners.remove(&extent);
             self.table[place] = None;
-            self.state[place] = Place::Empty;
+            let before = std::mem::replace(&mut self.state[place], Place::Empty);
+            self.idle += usize::from(before == Place::Active);
             self.give(u32::try_from(place).expect("at most 16,384"));
         }
         self.marks.retain(known);
@@ -544,18 +591,19 @@ impl<F: StorageFile> Keeper<F> {
         self.forget(&known);
     }
 
-    /// Clears marks that are not needed any more, durably. For every few seconds, and when a resync has ended: it looks at all of them.
+    /// Clears marks that are not needed any more, durably, as far as it gets in a few milliseconds. For every few seconds, and when a resync
+    /// has ended. `true`: there is more to look at, after a turn.
     ///
     /// # Errors
     /// As [`Self::turn`].
-    pub fn tidy(&mut self) -> io::Result<()> {
+    pub fn tidy(&mut self) -> io::Result<bool> {
         if !self.sound {
             return Err(not_sound());
         }
         let (log, owners, state) = (&self.log, &self.owners, &self.state);
         let mut wants_flush = false;
         let mut known: BTreeMap<VolumeKey, Option<Arc<VolumeActivity>>> = BTreeMap::new();
-        self.marks.tidy(|extent, until| {
+        let more = self.marks.tidy(|extent, until| {
             // While it is active, on disk, nothing has to be marked; what it will need is found when it leaves.
             if owners.get(&extent).is_some_and(|place| state[*place as usize] == Place::Active) {
                 return Some(0);
@@ -571,7 +619,7 @@ impl<F: StorageFile> Keeper<F> {
         let written = self.write_marks();
         self.sound = written.is_ok();
         self.publish_marked();
-        written
+        written.map(|()| more)
     }
 
     fn publish_marked(&self) {
@@ -604,35 +652,49 @@ enum Leave {
     Unflushed,
 }
 
+/// Why an extent stays.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Held {
+    /// Nothing else than that its device was not flushed since its last write.
+    ByFlush,
+    Otherwise,
+}
+
 /// Takes an extent's activity away, in memory, if nobody is inside and nobody has used it since the last look. Gives what has to be marked of
 /// it, and the ring position that must be durable before that may be forgotten.
-fn leave(volume: &VolumeActivity, extent: Extent, place: &super::Place, which: Leave) -> Option<(u64, u64)> {
+fn leave(volume: &VolumeActivity, extent: Extent, place: &super::Place, which: Leave) -> Result<(u64, u64), Held> {
     let stable = || place.stamp.load(Ordering::Acquire) < volume.flushes_ended.load(Ordering::Acquire);
     let position = || place.position.load(Ordering::Acquire);
     let durable = |position: u64| position <= volume.durable.load(Ordering::Acquire);
     let may = || (stable() || which == Leave::Unflushed) && (durable(position()) || which != Leave::Durable);
     // None: the volume has shrunk.
-    let Some(word) = volume.extents.get(extent.number as usize) else { return Some((0, 0)) };
+    let Some(word) = volume.extents.get(extent.number as usize) else { return Ok((0, 0)) };
     let seen = word.load(Ordering::Acquire);
-    if seen & INSIDE != 0 || !may() {
-        return None;
+    if seen & INSIDE != 0 {
+        return Err(Held::Otherwise);
+    }
+    if !may() {
+        let by_flush = !stable() && (durable(position()) || which != Leave::Durable);
+        return Err(if by_flush { Held::ByFlush } else { Held::Otherwise });
     }
     if seen & USED != 0 {
         word.fetch_and(!USED, Ordering::AcqRel);
-        return None;
+        return Err(Held::Otherwise);
     }
-    word.compare_exchange(seen, seen & !ACTIVE, Ordering::SeqCst, Ordering::Acquire).ok()?;
+    if word.compare_exchange(seen, seen & !ACTIVE, Ordering::SeqCst, Ordering::Acquire).is_err() {
+        return Err(Held::Otherwise);
+    }
     // Somebody may have come and gone between the first look and the exchange. From here on nobody is inside without asking.
     if !may() {
         word.fetch_or(ACTIVE, Ordering::SeqCst);
-        return None;
+        return Err(Held::Otherwise);
     }
     let position = position();
     match (stable(), durable(position)) {
         // What the device loses is compared, too.
-        (false, _) => Some((volume.all_slots(extent.number), u64::MAX)),
-        (true, false) => Some((volume.all_slots(extent.number), position)),
-        (true, true) => Some((volume.marked(extent.number), 0)),
+        (false, _) => Ok((volume.all_slots(extent.number), u64::MAX)),
+        (true, false) => Ok((volume.all_slots(extent.number), position)),
+        (true, true) => Ok((volume.marked(extent.number), 0)),
     }
 }
 
@@ -652,6 +714,7 @@ struct ReadLog {
     id: Option<[u8; 16]>,
     places: u32,
     number: u64,
+    table: Vec<Option<Extent>>,
     marks: Marks,
     rotten: Vec<u64>,
     loaded: Loaded,
@@ -659,7 +722,7 @@ struct ReadLog {
 
 fn nothing(found: Found) -> ReadLog {
     let loaded = Loaded { found, lives: Vec::new(), active: Vec::new(), marks: Vec::new() };
-    ReadLog { id: None, places: 0, number: 0, marks: Marks::default(), rotten: Vec::new(), loaded }
+    ReadLog { id: None, places: 0, number: 0, table: Vec::new(), marks: Marks::default(), rotten: Vec::new(), loaded }
 }
 
 /// Reads a log. Rules: `docs/formats/activity-log.md`.
@@ -715,11 +778,16 @@ fn read(file: &impl StorageFile, config: &KeeperConfig) -> io::Result<ReadLog> {
     let loaded = Loaded {
         found: Found::Whole,
         lives,
-        active: table.into_iter().flatten().collect::<BTreeSet<_>>().into_iter().collect(),
+        active: table.iter().copied().flatten().collect::<BTreeSet<_>>().into_iter().collect(),
         marks: marks.iter().collect(),
     };
-    let rotten = (0..).zip(&blocks).filter(|(_, block)| **block == Read::Damaged).map(|(number, _)| number).collect();
-    Ok(ReadLog { id: Some(id), places: superblock.places, number: newest.at.number, marks, rotten, loaded })
+    let is_rotten = |block: &Read<Transaction>| match block {
+        Read::Empty => false,
+        Read::Damaged => true,
+        Read::Whole(transaction) => transaction.at.number > newest.at.number,
+    };
+    let rotten = (0..).zip(&blocks).filter(|(_, block)| is_rotten(block)).map(|(number, _)| number).collect();
+    Ok(ReadLog { id: Some(id), places: superblock.places, number: newest.at.number, table, marks, rotten, loaded })
 }
 
 /// The transaction of this number, if it is still in the ring.

@@ -3,6 +3,7 @@
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::ops::Bound;
 
 use farshore_uring::StorageFile;
 
@@ -11,6 +12,9 @@ use super::{Extent, VolumeKey};
 
 /// Most pages: extents of 16 TiB in all. 64 MiB of memory and as much of the log at the worst.
 pub(super) const PAGES_MAX: usize = 8192;
+
+/// Pages that are looked at in one go: 16,128 extents, some milliseconds.
+const TIDY_PAGES: usize = 32;
 
 /// The pages, in memory and on disk.
 ///
@@ -25,6 +29,8 @@ pub(super) struct Marks {
     /// Extents with a mark.
     count: u64,
     pairs: u64,
+    /// Where the last look at all pages was broken off.
+    tidied: Option<(VolumeKey, u32)>,
 }
 
 #[derive(Debug)]
@@ -152,9 +158,14 @@ impl Marks {
     /// # Errors
     /// As [`Self::set`].
     pub(super) fn add(&mut self, extent: Extent, mask: u64) -> io::Result<()> {
-        let (key, at) = place(extent);
-        let (before, until) = self.pages.get(&key).map_or((0, 0), |held| (held.page.masks[at], held.until[at]));
+        let (before, until) = self.get(extent);
         self.set(extent, before | mask, until)
+    }
+
+    /// An extent's mark, and until when it is needed.
+    pub(super) fn get(&self, extent: Extent) -> (u64, u64) {
+        let (key, at) = place(extent);
+        self.pages.get(&key).map_or((0, 0), |held| (held.page.masks[at], held.until[at]))
     }
 
     fn take_pair(&mut self) -> io::Result<(u64, u64)> {
@@ -169,20 +180,33 @@ impl Marks {
         Ok((self.pairs - 1, 0))
     }
 
-    /// Looks at every marked extent again. `now` gives the mark that it needs now, if nothing but what is known now is needed.
-    pub(super) fn tidy(&mut self, mut now: impl FnMut(Extent, u64) -> Option<u64>) {
+    /// Looks at marked extents again, from where the last look ended. `now` gives the mark that an extent needs now, if nothing but what is
+    /// known now is needed; it gets until when the old one is. `true`: there are more.
+    pub(super) fn tidy(&mut self, mut now: impl FnMut(Extent, u64) -> Option<u64>) -> bool {
+        let from = self.tidied.take();
+        let start = from.map_or(Bound::Unbounded, Bound::Excluded);
         let mut found = Vec::new();
-        for (extent, mask) in self.iter() {
-            let (key, at) = place(extent);
-            let until = self.pages.get(&key).map_or(0, |held| held.until[at]);
-            if let Some(needed) = now(extent, until).filter(|needed| *needed != mask) {
-                found.push((extent, needed));
+        for ((volume, number), held) in self.pages.range((start, Bound::Unbounded)).take(TIDY_PAGES) {
+            self.tidied = Some((*volume, *number));
+            let first = number * u32::try_from(PAGE_EXTENTS).expect("504");
+            for ((extent, mask), until) in (first..).zip(held.page.masks.iter()).zip(held.until.iter()) {
+                let extent = Extent { volume: *volume, number: extent };
+                if *mask != 0
+                    && let Some(needed) = now(extent, *until).filter(|needed| needed != mask)
+                {
+                    found.push((extent, needed));
+                }
             }
         }
         for (extent, mask) in found {
             // The page is there.
             let _ = self.set(extent, mask, 0);
         }
+        let next = self.tidied.map_or(Bound::Unbounded, Bound::Excluded);
+        if self.pages.range((next, Bound::Unbounded)).next().is_none() {
+            self.tidied = None;
+        }
+        self.tidied.is_some()
     }
 
     /// Forgets the volumes that `known` does not know.

@@ -121,6 +121,8 @@ pub struct ActivityLog {
     /// A backing device could not be flushed: what it holds is anybody's guess, in this life.
     unstable: AtomicBool,
     passing: AtomicBool,
+    /// Nobody turns the keeper any more.
+    closed: AtomicBool,
     /// Requests that did not wait for the log.
     passed: AtomicU64,
     marked: AtomicU64,
@@ -149,6 +151,7 @@ impl ActivityLog {
             obeyed_count: AtomicU64::new(0),
             unstable: AtomicBool::new(false),
             passing: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
             passed: AtomicU64::new(0),
             marked: AtomicU64::new(0),
             session: AtomicU64::new(0),
@@ -191,7 +194,7 @@ impl ActivityLog {
     /// must compare everything.
     #[must_use]
     pub fn passes(&self) -> bool {
-        self.passing.load(Ordering::Acquire)
+        self.passing.load(Ordering::Acquire) || self.closed.load(Ordering::Acquire)
     }
 
     /// Lets all requests go on (I1). The caller has tried to record "compare everything", or goes on trying.
@@ -231,8 +234,15 @@ impl ActivityLog {
         volumes.get(&volume).map_or(0, |volume| volume.active())
     }
 
+    /// A queue is open to some volume.
+    #[must_use]
+    pub fn is_used(&self) -> bool {
+        self.volumes().values().any(|volume| !volume.queues().is_empty())
+    }
+
     /// Lets go of all volumes: nobody turns the keeper any more.
     pub fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
         self.pass();
         self.volumes().clear();
     }

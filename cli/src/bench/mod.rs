@@ -1,6 +1,7 @@
 //! `farshore bench`: the published figures, each with its peer in the same run, as ratios. What is measured and what must
 //! be reached stands in SPEC.md.
 
+mod activity;
 mod blocks;
 mod fio;
 mod guest;
@@ -161,6 +162,7 @@ const FIGURES: &[Figure] = &[
     ("ublk", "ublk against rublk and the bare disk; needs --disk, --rublk", blocks::ublk),
     ("drbd", "protected and shipping over ublk against DRBD; needs --disk", blocks::drbd),
     ("latency", "what protection adds to ublk at depth 1; needs --disk", blocks::latency),
+    ("activity", "what the activity log costs writes to cold extents, and to active ones", activity::activity),
     ("view", "opening a view of 20 GiB of 4 KiB records; the target's memory", views::view_open),
 ];
 
