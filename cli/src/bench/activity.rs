@@ -13,8 +13,8 @@ use crate::sites::{Sites, SitesConfig};
 /// Extents of 4 MiB that may be active: all of the volume's, and the default.
 const ALL: u64 = 16_384;
 const DEFAULT: u64 = 1024;
-/// Fewer than [`ALL`] extents: where they may all be active, none ever leaves.
-const VOLUME_BYTES: u64 = 60 << 30;
+/// Its extents, and the places that the log keeps free, are fewer than [`ALL`]: where all may be active, none ever leaves.
+const VOLUME_BYTES: u64 = 48 << 30;
 /// Well within what either can do, so that what is seen is what a write waits.
 const RATE: u64 = 4_000_000;
 
@@ -90,7 +90,7 @@ pub(super) fn activity(bench: &Bench<'_>) -> Result<Vec<Row>> {
     };
     type Of = fn(&FioResult) -> Duration;
     for (name, of, bound) in [("p50", (|run| run.p50) as Of, None), ("p99", |run| run.p99, Some(1.5))] {
-        let what = format!("4 KiB random writes over 60 GiB, 1,024 extents active, {name}");
+        let what = format!("4 KiB random writes over 48 GiB, 1,024 extents active, {name}");
         let row = Row::new(what, micro(&default, of), "µs").against("all extents active", micro(&all, of));
         rows.push(match bound {
             Some(bound) => row.at_most(bound),

@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use farshore_agent::state;
+use farshore_proto::Name;
 use farshore_ublk::dm::{Interposer, Leftover, LeftoverKind};
 use farshore_ublk::{Control, DeviceInfo, DeviceState, Error, ErrorKind};
 
@@ -49,6 +50,17 @@ impl Known {
             }
         }
         Self::Read { folder, devices, damaged }
+    }
+
+    /// Notes in the state directory that a device's volume is written past its agent.
+    fn note_bypassed(&self, id: Option<u32>) -> farshore_agent::Result<()> {
+        match (self, self.owner(id)) {
+            (Self::Read { folder, .. }, Owner::Agent(label)) => {
+                let group = label.split_once('/').map_or(label, |(group, _)| group);
+                state::note_bypassed(folder, &Name::new(group)?)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whose a ublk device is.
@@ -276,6 +288,11 @@ fn repair_mapped(
 ) {
     if let Verdict::Leave(reason, way_out) = verdict(known.owner(ublk_id(leftover)), agent, abandon) {
         repaired.left.push((format!("{}; {reason}", leftover.description), way_out));
+        return;
+    }
+    // Its next agent must know, also if the host goes down before it is started.
+    if let Err(error) = known.note_bypassed(ublk_id(leftover)) {
+        repaired.failed.push(format!("{} is left alone: {}", leftover.description, farshore_agent::chain(&error)));
         return;
     }
     match interposer.repair(leftover) {
