@@ -61,6 +61,8 @@ pub(crate) const START_MAX: (Duration, Duration) = (Duration::from_secs(2), Dura
 const SETTLE_MAX: Duration = Duration::from_secs(2);
 /// Longest wait of a stop for threads that may wait for a disk.
 const STOP_MAX: Duration = Duration::from_secs(2);
+/// Before any group is known. As long as a policy may say.
+const STALL_MAX: Duration = Duration::from_secs(5);
 /// Pause after a flush that failed.
 const FLUSH_PAUSE: Duration = Duration::from_millis(100);
 
@@ -91,7 +93,8 @@ struct Inner {
     unflushed: AtomicU64,
     /// Beside the rings, while guests go past the log.
     flag: PathBuf,
-    stall_max: Duration,
+    /// The shortest of all groups'.
+    stall_max: Mutex<Duration>,
     /// The last life's log covered everything, so this one does from its first moment.
     covers_last: bool,
     /// Something happened that the log can never make up for in this life.
@@ -164,7 +167,6 @@ impl Activity {
         // A worker that was killed while guests went past the log may not have got to saying so.
         let covers_last = covers_last && !flag.exists();
         alarms.clear(code::ACTIVITY, "");
-        let policies = config.groups.values().map(|policy| policy.stall_max);
         let inner = Arc::new(Inner {
             log: Arc::clone(keeper.log()),
             alarms: Arc::clone(alarms),
@@ -175,7 +177,7 @@ impl Activity {
             flag: flag.clone(),
             state: Mutex::default(),
             changed: Condvar::new(),
-            stall_max: policies.chain([crate::config::GroupPolicy::default().stall_max]).min().unwrap_or_default(),
+            stall_max: Mutex::new(STALL_MAX),
             covers_last,
             spoilt: AtomicBool::new(false),
         });
@@ -189,8 +191,11 @@ impl Activity {
         Ok(Some(Self { inner, loaded, path, last_boot, groups, threads, _lock: lock }))
     }
 
-    /// What a group's queues need of it.
-    pub(crate) fn of_group(&self, group: GroupId) -> GroupActivity {
+    /// What a group's queues need of it. They wait for it no longer than `stall_max`.
+    pub(crate) fn of_group(&self, group: GroupId, stall_max: Duration) -> GroupActivity {
+        let mut shortest = self.inner.stall_max.lock().unwrap_or_else(PoisonError::into_inner);
+        *shortest = stall_max.min(*shortest);
+        drop(shortest);
         GroupActivity { log: Arc::clone(&self.inner.log), group }
     }
 
@@ -209,7 +214,8 @@ impl Activity {
         self.loaded.ranges(group, volume)
     }
 
-    /// For a stream: batches say where the log is for as long as it covers everything, so that a target hears of it when it does not. What was unknown after the last life is marked by what the log says by then, or everything is.
+    /// For a stream: batches say where the log is for as long as it covers everything, so that a target hears of it when it does not. What was
+    /// unknown after the last life is marked by what the log says by then, or everything is.
     pub(crate) fn of_stream(&self) -> StreamLog {
         let lives = if self.loaded.found == Found::Whole { self.loaded.lives.clone() } else { Vec::new() };
         let inner = Arc::clone(&self.inner);
@@ -522,7 +528,10 @@ impl Inner {
         let mut text = error.to_string();
         loop {
             self.pass();
-            self.alarms.raise(code::ACTIVITY, "", format!("the activity log cannot be written: {text}; guests go on, and after a crash of the host everything is compared"));
+            let text_now = format!(
+                "the activity log cannot be written: {text}; guests go on, and after a crash of the host everything is compared"
+            );
+            self.alarms.raise(code::ACTIVITY, "", text_now);
             if self.sleep(RETRY) {
                 return true;
             }
@@ -556,7 +565,6 @@ impl Inner {
     fn watch_stalls(&self) {
         // Requests that had been asked for, and when that was seen.
         let mut seen: VecDeque<(u64, Now)> = VecDeque::new();
-        let step = (self.stall_max / 10).max(Duration::from_millis(1));
         loop {
             let mut state = self.state();
             while !state.stop && (self.log.answered() >= self.log.asked() || self.log.passes()) {
@@ -567,6 +575,8 @@ impl Inner {
                 return;
             }
             drop(state);
+            let stall_max = *self.stall_max.lock().unwrap_or_else(PoisonError::into_inner);
+            let step = (stall_max / 10).max(Duration::from_millis(1));
             let (asked, now) = (self.log.asked(), clock::now());
             if seen.back().is_none_or(|(last, _)| *last < asked) {
                 seen.push_back((asked, now));
@@ -575,10 +585,10 @@ impl Inner {
                 seen.pop_front();
             }
             let age = seen.front().map_or(Duration::ZERO, |(_, since)| now.since(*since));
-            if age >= self.stall_max / 2 {
+            if age >= stall_max / 2 {
                 self.want(false);
             }
-            if age >= self.stall_max {
+            if age >= stall_max {
                 tracing::debug!("guests have waited for the activity log for long enough, and go on");
                 self.pass();
             } else if self.sleep(step) {

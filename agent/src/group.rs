@@ -154,7 +154,10 @@ impl Group {
         let ring = Arc::clone(&attached.ring);
         let capture = CaptureGroup::new(
             Arc::clone(&ring),
-            CaptureConfig { activity: activity.as_ref().map(|it| it.of_group(group_id)), ..capture_config(&policy) },
+            CaptureConfig {
+                activity: activity.as_ref().map(|it| it.of_group(group_id, policy.stall_max)),
+                ..capture_config(&policy)
+            },
         );
         let sync_config = SyncConfig { rate: policy.sync_rate, ..SyncConfig::default() };
         let report = sync_alarms(name.clone(), Arc::clone(&capture), Arc::clone(alarms));
