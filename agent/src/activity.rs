@@ -217,9 +217,8 @@ impl Activity {
     /// For a stream: batches say where the log is for as long as it covers everything, so that a target hears of it when it does not. What was
     /// unknown after the last life is marked by what the log says by then, or everything is.
     pub(crate) fn of_stream(&self) -> StreamLog {
-        let lives = if self.loaded.found == Found::Whole { self.loaded.lives.clone() } else { Vec::new() };
         let inner = Arc::clone(&self.inner);
-        StreamLog { lives, now: Arc::new(move || inner.mark()) }
+        StreamLog { lives: self.loaded.lives.clone(), now: Arc::new(move || inner.mark()) }
     }
 
     /// Waits until so much was obeyed, or until nobody waits for the log any more: then it does not cover everything before it has obeyed

@@ -45,7 +45,8 @@ pub enum Found {
 pub struct Loaded {
     /// Whether it says anything.
     pub found: Found,
-    /// Where the last life ended, and where those before it did, as far as the target may not have heard of the next: newest first.
+    /// Where the last life ended, and where those before it did, as far as the target may not have heard of the next: newest first. None
+    /// of a log that is not whole.
     pub lives: Vec<LogMark>,
     active: Vec<Extent>,
     marks: Vec<(Extent, u64)>,
@@ -69,12 +70,6 @@ impl Loaded {
     #[must_use]
     pub fn active(&self) -> usize {
         self.active.len()
-    }
-
-    /// Whether a target that last heard of `mark` cannot have anything of this host that this log does not know of.
-    #[must_use]
-    pub fn covers(&self, mark: LogMark) -> bool {
-        self.found == Found::Whole && mark.is_in(&self.lives)
     }
 }
 

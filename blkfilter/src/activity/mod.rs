@@ -127,7 +127,7 @@ pub struct ActivityLog {
     passed: AtomicU64,
     marked: AtomicU64,
     session: AtomicU64,
-    number: Arc<AtomicU64>,
+    number: AtomicU64,
     volumes: Mutex<BTreeMap<VolumeKey, Arc<VolumeActivity>>>,
     wake_keeper: OnceLock<WakeKeeper>,
 }
@@ -155,7 +155,7 @@ impl ActivityLog {
             passed: AtomicU64::new(0),
             marked: AtomicU64::new(0),
             session: AtomicU64::new(0),
-            number: Arc::default(),
+            number: AtomicU64::new(0),
             volumes: Mutex::default(),
             wake_keeper: OnceLock::new(),
         })

@@ -516,20 +516,20 @@ fn a_log_that_was_put_back_is_seen() {
     assert!(later.number > then.number && later.session == then.session);
 
     let (_, loaded) = keeper(&bare.storage, 16, 2);
-    assert!(loaded.covers(then) && loaded.covers(later));
+    assert!(then.is_in(&loaded.lives) && later.is_in(&loaded.lives));
     let (mut back, loaded) = keeper(&old, 16, 3);
-    assert!(loaded.covers(then) && !loaded.covers(later));
+    assert!(then.is_in(&loaded.lives) && !later.is_in(&loaded.lives));
     // It goes on, further than the other had come, and is started again: still no way from one to the other.
     for _ in 0..4 {
         back.begin().expect("no faults");
     }
     let (mut next, loaded) = keeper(&old, 16, 4);
-    assert!(loaded.covers(then) && loaded.covers(back.log().mark()) && !loaded.covers(later));
+    assert!(then.is_in(&loaded.lives) && back.log().mark().is_in(&loaded.lives) && !later.is_in(&loaded.lives));
     // Heard of by the target: nothing older counts.
     next.handle_heard();
     next.begin().expect("no faults");
     let (_, loaded) = keeper(&old, 16, 5);
-    assert!(loaded.covers(next.log().mark()) && !loaded.covers(then));
+    assert!(next.log().mark().is_in(&loaded.lives) && !then.is_in(&loaded.lives));
 }
 
 /// Goal: rot in what counts of a log is not passed over for an older state of it. Method: one flipped bit in each block that the last
