@@ -14,9 +14,8 @@
 //! 3. a log of another life than the one named is not believed.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::fs::{File, TryLockError};
-use std::io::{self, Read};
-use std::os::unix::fs::FileTypeExt;
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -29,19 +28,18 @@ use farshore_blkfilter::activity::{
 };
 use farshore_proto::{GroupId, HostId, LogMark, Now, VolumeIndex};
 use farshore_streamer::StreamLog;
-use farshore_uring::{DirFile, DirStorage, OpenMode, Storage};
+use farshore_uring::{DirFile, DirStorage};
 use serde_json::{Value, json};
 
 use crate::alarms::{Alarms, code};
 use crate::attach::boot_text;
 use crate::config::AgentConfig;
+use crate::own_file::{self, fresh};
 use crate::state::{LogState, StateDir, look_at_log};
 use crate::{Error, Result, clock};
 
 /// Name of the log in the state directory.
 const FILE: &str = "activity.log";
-/// How long another process may still hold the log: a worker that was killed a moment ago.
-const LOCK_WAIT: Duration = Duration::from_secs(1);
 /// Between two looks at marks that may not be needed any more.
 const TIDY: Duration = Duration::from_secs(2);
 /// Between two parts of such a look.
@@ -347,7 +345,7 @@ impl Opened {
             let foreign = error.kind() == io::ErrorKind::InvalidData;
             if foreign { refused(&path, &error.to_string()) } else { Error::io("open", &path, error) }
         };
-        let opened = open(&path).and_then(|(file, lock)| {
+        let opened = own_file::open(&path).and_then(|(file, lock)| {
             let random = (fresh()?, u64::from_le_bytes(fresh()?));
             Ok((Keeper::open(file, KeeperConfig { places: config.al_extents, owner: host.0 }, random)?, lock, random.1))
         });
@@ -734,14 +732,9 @@ fn note_passing(flag: &Path) {
 
 /// What lies where the log is to be, and is none, is not overwritten, unless it was ours.
 fn refuse_foreign(path: &Path, ours: bool) -> Result<()> {
-    let mut start = [0; 4096];
-    let read = File::open(path).and_then(|mut file| file.read(&mut start));
-    match read {
-        Ok(len) if !ours && !is_log(&start[..len]) && start.iter().any(|byte| *byte != 0) => {
-            Err(refused(path, "holds something else"))
-        }
-        // What cannot be opened is said where it is opened to be used.
-        Ok(_) | Err(_) => Ok(()),
+    match !ours && own_file::holds_something_else(path, is_log) {
+        true => Err(refused(path, "holds something else")),
+        false => Ok(()),
     }
 }
 
@@ -752,39 +745,4 @@ fn refused(path: &Path, reason: &str) -> Error {
         hint: "give this agent a file or block device of its own (`--activity-log`), or clear that one: everything is compared then"
             .into(),
     }
-}
-
-fn open(path: &Path) -> io::Result<(Arc<DirFile>, Option<File>)> {
-    if std::fs::metadata(path).is_ok_and(|status| status.file_type().is_block_device()) {
-        // Opened so that nobody else can.
-        return Ok((DirStorage::open(Path::new("/"))?.open_device(path)?.file, None));
-    }
-    let (parent, name) = (path.parent().filter(|parent| !parent.as_os_str().is_empty()), path.file_name());
-    let name = Path::new(name.ok_or(io::ErrorKind::InvalidInput)?);
-    let storage = DirStorage::open(parent.unwrap_or(Path::new(".")))?;
-    let mode = if storage.exists(name)? { OpenMode::ReadWrite } else { OpenMode::CreateNew };
-    let file = storage.open(name, mode)?;
-    if mode == OpenMode::CreateNew {
-        storage.sync_dir(Path::new(""))?;
-    }
-    let lock = File::options().read(true).write(true).open(path)?;
-    let end = clock::now().plus(LOCK_WAIT);
-    loop {
-        match lock.try_lock() {
-            Ok(()) => return Ok((file, Some(lock))),
-            Err(TryLockError::WouldBlock) if clock::now() < end => {
-                let _ = nix::poll::poll(&mut [], 20u8);
-            }
-            Err(TryLockError::WouldBlock) => {
-                return Err(io::Error::new(io::ErrorKind::ResourceBusy, "another agent uses it"));
-            }
-            Err(TryLockError::Error(error)) => return Err(error),
-        }
-    }
-}
-
-fn fresh<const N: usize>() -> io::Result<[u8; N]> {
-    let mut bytes = [0; N];
-    getrandom::fill(&mut bytes).map_err(|error| io::Error::other(error.to_string()))?;
-    Ok(bytes)
 }

@@ -1,6 +1,6 @@
 //! The agent: its groups, and what the admin API asks of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
@@ -11,7 +11,7 @@ use farshore_blkfilter::sync::SyncState;
 use farshore_link::identity::Identity;
 use farshore_proto::text::show_time;
 use farshore_proto::{GroupId, HostId, Name, Role, SLOT_BYTES, VolumeIndex, WallTime};
-use farshore_streamer::{DurableBatch, Phase, StreamerStatus};
+use farshore_streamer::{DurableBatch, Line, Phase, StreamerStatus};
 use farshore_uring::{BackingId, DirStorage};
 use serde_json::{Value, json};
 
@@ -21,6 +21,7 @@ use crate::api::ProtectRequest;
 use crate::attach::{ring_file, ring_folder};
 use crate::config::AgentConfig;
 use crate::devices::{Access, Host, Protected, own_files};
+use crate::disk_log::Disk;
 use crate::frontend::Frontend;
 use crate::gate::{self, Gate};
 use crate::group::{Context, Group, NewPlace, NewVolume};
@@ -84,7 +85,9 @@ impl Agent {
         let waited_for = |name: &Name| ring_file(&config.ring_dir, &identity.name, name.as_str()).exists();
         let limit = if names.iter().any(waited_for) { START_MAX.0 } else { START_MAX.1 };
         let activity = Activity::start(&config, host, &store, &alarms, known, limit)?.map(Arc::new);
-        let context = Context { config, identity, store, alarms, supervisor, activity };
+        let lines = lines(&store, &identity, &names);
+        let disk = Disk::open(&config, host, lines, &alarms, limit)?;
+        let context = Context { config, identity, store, alarms, supervisor, activity, disk };
         let mut all_started = true;
         let agent = Self {
             context,
@@ -391,14 +394,17 @@ impl Agent {
             "generation": stream.generation.0,
             "incarnation": stream.incarnation.0,
             "state": state_of(group, &status),
-            "tier": tier_of(group),
+            "tier": tier_of(group, &status),
             "rpo_s": stream.rpo.map(|age| age.as_secs_f64()),
             "lag_bytes": stream.lag_bytes,
             "newest_point": group.shared.points.newest().map(|point| point_document(&point)),
             "ring_used_bytes": capture.ring().used_bytes(),
             "ring_size_bytes": capture.ring().size_bytes(),
             "ring_closed_count": group.shared.ring_closed_count(),
-            "log_used_bytes": 0,
+            "log_used_bytes": status.log_bytes.0,
+            "log_size_bytes": status.log_bytes.1,
+            "log_batches": stream.log.batches,
+            "log_path": self.context.disk.as_ref().map(|disk| disk.path()),
             "missing_bytes": capture.volumes().iter().map(|volume| missing_bytes(volume)).sum::<u64>(),
             "written_bytes": counters.written_bytes,
             "shipped_bytes": stream.shipped_bytes,
@@ -522,6 +528,12 @@ fn known(store: &StateDir<DirStorage>, identity: &Identity, names: &[Name]) -> K
     known
 }
 
+/// Lines of the disk log that groups have.
+fn lines(store: &StateDir<DirStorage>, identity: &Identity, names: &[Name]) -> BTreeSet<Line> {
+    let of = |name: &Name| store.read_group(name).ok()??.line(GroupId::derive(identity.vault, name));
+    names.iter().filter_map(of).collect()
+}
+
 /// Stops each of `groups` on a thread of its own: one that waits for its link takes no time from the others.
 ///
 /// # Errors
@@ -572,6 +584,8 @@ fn why_no_point(group: &Group) -> String {
         format!("the target is not reached ({reason})")
     } else if capture.ring().is_closed() {
         "the ring is full and being shipped".into()
+    } else if status.stream.log.batches > 0 {
+        format!("{} batches in the disk log are being shipped", status.stream.log.batches)
     } else if let Some(absent) = group.volumes().iter().find(|volume| group.device(VolumeIndex(volume.index)).is_none())
     {
         format!("volume {} is not served (see its alarm)", absent.name)
@@ -583,8 +597,14 @@ fn why_no_point(group: &Group) -> String {
     format!("no such recovery point within the time: {reason}")
 }
 
-fn tier_of(group: &Group) -> &'static str {
-    if group.shared.capture.ring().is_closed() { "extents" } else { "ring" }
+fn tier_of(group: &Group, status: &StreamerStatus) -> &'static str {
+    if group.shared.capture.ring().is_closed() {
+        "extents"
+    } else if status.stream.log.batches > 0 {
+        "log"
+    } else {
+        "ring"
+    }
 }
 
 fn state_of(group: &Group, status: &StreamerStatus) -> &'static str {
@@ -644,7 +664,7 @@ fn volume_document(group: &Group, volume: &VolumeState) -> Value {
         "device": group.device(VolumeIndex(volume.index)),
         "size_bytes": volume.size,
         "frontend": volume.frontend,
-        "tier": tier_of(group),
+        "tier": tier_of(group, &group.status().unwrap_or_default()),
         "in_points": joined,
         "dm": group.mapped_document(volume),
     })

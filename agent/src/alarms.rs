@@ -43,6 +43,14 @@ pub(crate) mod code {
     pub(crate) const ACTIVITY: &str = "activity-log.failed";
     /// It does not cover every write.
     pub(crate) const UNCOVERED: &str = "activity-log.uncovered";
+    /// Batches wait in the disk log.
+    pub(crate) const LOG_IN_USE: &str = "disk-log.in-use";
+    /// It takes no more.
+    pub(crate) const LOG_FULL: &str = "disk-log.full";
+    /// It cannot be used, or does not answer.
+    pub(crate) const LOG_FAILED: &str = "disk-log.failed";
+    /// What was in it is lost.
+    pub(crate) const LOG_LOST: &str = "disk-log.lost";
     /// State could not be written.
     pub(crate) const STATE: &str = "state.failed";
     /// No worker serves the volumes, and their requests wait.
@@ -93,6 +101,11 @@ impl Alarms {
         if gone.is_some() {
             tracing::info!(code, subject, "alarm cleared");
         }
+    }
+
+    /// Whether it is raised.
+    pub(crate) fn is_raised(&self, code: &'static str, subject: &str) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&(code, subject.to_owned()))
     }
 
     /// Clears all of a subject and what lies below it.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use farshore_blkfilter::Content;
 use farshore_proto::{GroupId, HostId, Name, VaultId};
 use farshore_ring::{Dormant, Ring, RingConfig, RingIdentity, Which, WritingRange};
-use farshore_streamer::{CaptureRing, RingSource};
+use farshore_streamer::{CaptureRing, Damage, LoggedBatch, RingSource, bridge};
 use farshore_uring::Storage;
 
 use crate::state::{GroupState, StateDir};
@@ -24,6 +24,8 @@ pub(crate) struct Predecessor<'a> {
     pub has_ended: &'a dyn Fn() -> bool,
     /// The activity log says what may differ where the ring is lost, if the group was served through the boot that the log is of.
     pub covered: Option<String>,
+    /// What of the group is in the disk log, or why some of that is lost.
+    pub logged: std::result::Result<Vec<LoggedBatch>, Damage>,
 }
 
 /// Whose ring.
@@ -50,6 +52,8 @@ pub(crate) struct Attached {
     pub writing: Vec<WritingRange>,
     /// What is known of the volumes' difference to the replica.
     pub content: Content,
+    /// Batches in the disk log that go before those in the ring.
+    pub logged: Vec<LoggedBatch>,
 }
 
 impl RingOwner {
@@ -135,12 +139,23 @@ impl RingOwner {
                     let writing = recovery.writing.clone();
                     mark_recovered(&found, &predecessor.reissued);
                     let ring = Arc::new(found.resume());
-                    if self.stream_fits(&ring, state)? {
-                        let content = if state.compare_everything { Content::Unknown } else { Content::AsMarked };
-                        let (clean, from_log, lost) = (false, false, false);
-                        return Ok(Attached { ring, resumed: true, clean, from_log, lost, writing, content });
+                    match self.stream_fits(&ring, state, predecessor)? {
+                        Ok(logged) => {
+                            let content = if state.compare_everything { Content::Unknown } else { Content::AsMarked };
+                            let (clean, from_log, lost) = (false, false, false);
+                            return Ok(Attached {
+                                ring,
+                                resumed: true,
+                                clean,
+                                from_log,
+                                lost,
+                                writing,
+                                content,
+                                logged,
+                            });
+                        }
+                        Err(reason) => tracing::warn!(group = %self.name, "{reason}: everything is compared"),
                     }
-                    tracing::warn!(group = %self.name, "the ring is of an older incarnation: everything is compared");
                     state.compare_everything = true;
                 }
                 Err(error @ farshore_ring::Error::InUse { .. }) => {
@@ -156,6 +171,17 @@ impl RingOwner {
                 }
             }
         }
+        let logged = match &predecessor.logged {
+            // With everything compared, a line of batches that goes before it is as good as it was.
+            Ok(logged) => logged.clone(),
+            Err(damage) => {
+                tracing::warn!(group = %self.name, %damage, "the disk log is lost: everything is compared");
+                state.compare_everything = true;
+                state.log_line = None;
+                from_log = false;
+                Vec::new()
+            }
+        };
         state.incarnation += 1;
         state.ring = state.incarnation;
         state.attached = true;
@@ -176,6 +202,7 @@ impl RingOwner {
             lost: !clean,
             writing: Vec::new(),
             content,
+            logged,
         })
     }
 
@@ -188,11 +215,26 @@ impl RingOwner {
         from_log
     }
 
-    /// A kill between recording a new incarnation and telling the ring leaves a stream that must not go on.
-    fn stream_fits(&self, ring: &Arc<Ring>, state: &GroupState) -> Result<bool> {
+    /// A kill between recording a new incarnation and telling the ring leaves a stream that must not go on; and what the ring gave to the
+    /// disk log must be there. Gives what is.
+    fn stream_fits(
+        &self,
+        ring: &Arc<Ring>,
+        state: &GroupState,
+        predecessor: &Predecessor<'_>,
+    ) -> Result<std::result::Result<Vec<LoggedBatch>, String>> {
         let source =
             CaptureRing::new(Arc::clone(ring)).map_err(|error| Error::failed("ring", crate::error::chain(&error)))?;
-        Ok(source.load_state().is_none_or(|stream| stream.incarnation.0 == state.incarnation))
+        let Some(stream) = source.load_state() else { return Ok(Ok(Vec::new())) };
+        if stream.incarnation.0 != state.incarnation {
+            return Ok(Err("the ring is of an older incarnation".into()));
+        }
+        let (logged, damage) = match &predecessor.logged {
+            Ok(logged) => (logged.clone(), None),
+            Err(damage) => (Vec::new(), Some(damage)),
+        };
+        let bridged = bridge(&stream, source.freed(), logged);
+        Ok(bridged.map_err(|reason| damage.map_or(reason, |damage| format!("the disk log is lost: {damage}"))))
     }
 }
 
@@ -289,7 +331,7 @@ mod tests {
 
         fn attach(&self, state: &mut GroupState, reissued: &[u16], has_ended: &dyn Fn() -> bool) -> Result<Attached> {
             let reissued = reissued.iter().copied().collect();
-            let predecessor = Predecessor { reissued, has_ended, covered: None };
+            let predecessor = Predecessor { reissued, has_ended, covered: None, logged: Ok(Vec::new()) };
             self.owner.attach(self.folder.path(), MIB * 8, state, &self.store, &predecessor)
         }
 
@@ -355,7 +397,8 @@ mod tests {
                 crate::state::note_bypassed(rig.folder.path(), &name).expect("room");
             }
             let covered = covered.map(str::to_owned);
-            let predecessor = Predecessor { reissued: BTreeSet::new(), has_ended: &|| true, covered };
+            let predecessor =
+                Predecessor { reissued: BTreeSet::new(), has_ended: &|| true, covered, logged: Ok(Vec::new()) };
             let attached = rig.owner.attach(rig.folder.path(), MIB * 8, &mut state, &rig.store, &predecessor);
             let attached = attached.expect("a ring");
             assert!(attached.lost && !attached.resumed && !attached.clean);

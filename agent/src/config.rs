@@ -7,8 +7,10 @@ use std::time::Duration;
 
 use farshore_proto::Name;
 use farshore_proto::text::{parse_duration, parse_size};
+use farshore_streamer::DISK_LOG_MIN;
 use serde::{Deserialize, Deserializer};
 
+use crate::disk_log::DiskLogConfig;
 use crate::{Error, Result};
 
 /// Default of [`AgentConfig::ring_dir`].
@@ -47,6 +49,11 @@ pub struct AgentFile {
     pub activity_log: Option<PathBuf>,
     /// Extents of 4 MiB that may be active at once.
     pub al_extents: Option<u32>,
+    /// File or block device of the disk log.
+    pub log: Option<PathBuf>,
+    /// Its bytes.
+    #[serde(default, deserialize_with = "size")]
+    pub log_size: Option<u64>,
     /// Policies by group name.
     #[serde(default)]
     pub group: BTreeMap<String, GroupFile>,
@@ -152,6 +159,8 @@ pub struct AgentConfig {
     /// Extents of 4 MiB that may be active at once, over all volumes. Default 1024, 64 to 16,384. More: fewer writes that wait for the
     /// log, more to compare after a crash.
     pub al_extents: u32,
+    /// The disk log. Default: none; where the link does not keep up and the ring is full, points pause until a resync has ended.
+    pub disk_log: Option<DiskLogConfig>,
     /// Policies by group name; a group without an entry has [`GroupPolicy::default`].
     pub groups: BTreeMap<Name, GroupPolicy>,
     /// The configuration file, if there is one.
@@ -235,6 +244,19 @@ impl AgentConfig {
             let reason = format!("{al_extents}, allowed is 64 to 16384");
             return Err(Error::Setting { key: "al_extents", reason });
         }
+        let disk_log = match (file.log, file.log_size) {
+            (None, Some(_)) => {
+                return Err(Error::Setting {
+                    key: "log_size",
+                    reason: "says how large `log` is, which is not given".into(),
+                });
+            }
+            (Some(_), Some(size)) if size < DISK_LOG_MIN => {
+                let reason = format!("{size} bytes, allowed is {DISK_LOG_MIN} or more");
+                return Err(Error::Setting { key: "log_size", reason });
+            }
+            (path, size) => path.map(|path| DiskLogConfig { path, size }),
+        };
         let worker = |key, given: Option<Duration>, default: u64, least: u64| {
             let (default, least) = (Duration::from_millis(default), Duration::from_millis(least));
             in_range_of_time(key, given.unwrap_or(default), least, Duration::from_secs(600))
@@ -263,6 +285,7 @@ impl AgentConfig {
             worker_hang_max,
             activity_log: file.activity_log,
             al_extents,
+            disk_log,
             groups,
             file: file.path,
         })
@@ -375,6 +398,8 @@ mod tests {
             ("ringg = 1", "ringg"),
             ("ring = '1MiB'", "ring"),
             ("ring = '4GiB'", "ring"),
+            ("log = '/l'\nlog_size = '1MiB'", "log_size"),
+            ("log_size = '1GiB'", "log_size"),
             ("connections = 0", "connections"),
             ("worker_gap_max = '500ms'", "worker_gap_max"),
             ("[group.db]\ncut_min = '2s'", "cut_min"),

@@ -15,7 +15,7 @@ use farshore_proto::session::SourceConfig;
 use farshore_proto::{BatchNo, ChainHash, Generation, GroupId, HostId, Incarnation, Name, Now, VolumeIndex};
 use farshore_ring::WritingRange;
 use farshore_streamer::{
-    CaptureRing, Granularity, RingSource, StreamerConfig, StreamerHandle, StreamerStatus, VolumeSet,
+    CaptureRing, Granularity, LogStart, RingSource, StreamerConfig, StreamerHandle, StreamerStatus, VolumeSet,
 };
 use farshore_uring::{Backing, BackingId, DirStorage, FileDevice};
 
@@ -24,6 +24,7 @@ use crate::alarms::{Alarms, code};
 use crate::attach::{Attached, Predecessor, RingOwner, boot_text};
 use crate::config::{AgentConfig, CompressionPolicy, GroupPolicy};
 use crate::devices::writer_of;
+use crate::disk_log::{self, Disk};
 use crate::evidence::{Doubt, Evidence, Proof};
 use crate::frontend::{self, Frontend, NotStopped, Server};
 use crate::hooks::Hooks;
@@ -87,13 +88,15 @@ pub(crate) struct Context {
     pub supervisor: SupervisorLink,
     /// The host's activity log, where it can be used.
     pub activity: Option<Arc<Activity>>,
+    /// Its disk log, likewise.
+    pub disk: Option<Arc<Disk>>,
 }
 
 impl Group {
     /// Starts a group from its state: finds its ring, serves its volumes, connects. A volume that cannot be served is left
     /// out with an alarm; the others are served.
     pub(crate) fn start(context: &Context, name: Name, mut state: GroupState) -> Result<Self> {
-        let Context { config, identity, store, alarms, supervisor: _, activity } = context;
+        let Context { config, identity, store, alarms, supervisor: _, activity, disk } = context;
         let epoch = identity.newest_epoch().ok_or_else(|| Error::failed("identity", "holds no data key"))?;
         let host = HostId::derive(identity.vault, &identity.name);
         let host_key =
@@ -139,9 +142,19 @@ impl Group {
             .filter(|volume| unclean && volume.mapped.is_none())
             .filter_map(|volume| Some((volume.index, crash.as_ref()?.check(&volume.source))))
             .collect();
-        let predecessor = Predecessor { reissued, has_ended: &has_ended, covered };
+        let taken = disk_log::take_up(disk.as_deref(), group_id, &state)?;
+        let lost_log = taken.batches.as_ref().err().map(ToString::to_string);
+        let predecessor = Predecessor { reissued, has_ended: &has_ended, covered, logged: taken.batches };
         let attached = owner.attach(&config.ring_dir, config.ring, &mut state, store, &predecessor)?;
         let reissued = predecessor.reissued;
+        if let Some(reason) = lost_log {
+            let then = match state.compare_everything {
+                true => "everything is compared, and the points between are lost",
+                false => "nothing that was in it is needed any more",
+            };
+            alarms.raise(code::LOG_LOST, name.as_str(), format!("{reason}: {then}"));
+            state.log_line = None;
+        }
         if unclean && !asked.get() && !has_ended() {
             tracing::warn!(group = %name, "a source is still held by another process");
         }
@@ -221,8 +234,14 @@ impl Group {
                 shared.bypassed(VolumeIndex(volume.index), &Doubt::Nothing.to_string());
             }
         }
-        if resumed || attached.lost {
+        let open_in_log = attached.logged.last().is_some_and(|last| last.after.event_open);
+        if resumed || attached.lost || open_in_log {
             shared.capture.begin_event();
+        }
+        let moving = shared.capture.volumes().iter().any(|volume| volume.in_flight().next_set(0).is_some());
+        if !attached.lost && !moving {
+            // Where nothing is missing it is over, whether or not there is a link: what is written in an outage has its points.
+            shared.capture.end_event();
         }
         if resumed && !covers_last {
             shared.cover_again(filters.iter().map(|(_, filter)| filter), pending.is_empty(), &held);
@@ -251,6 +270,9 @@ impl Group {
             CompressionPolicy::Level(level) => Some(level),
         };
         settings.log = activity.as_ref().map(|activity| activity.of_stream());
+        let first_cuts_wait = !resumed && attached.logged.is_empty();
+        settings.disk_log =
+            taken.line.is_some().then_some(LogStart { batches: attached.logged, begun: state.log_line.is_some() });
         if policy.every_write {
             settings.granularity = Granularity::Write;
         }
@@ -258,9 +280,9 @@ impl Group {
         link.channel = group_id.0;
         link.connections = u16::try_from(config.connections).unwrap_or(2);
         let hooked = Arc::clone(&shared);
-        let streamer = StreamerHandle::start(settings, link, Arc::clone(identity), &ring, move |waker| {
+        let streamer = StreamerHandle::start(settings, link, Arc::clone(identity), &ring, taken.line, move |waker| {
             hooked.capture.set_consumer_waker(move || waker.wake());
-            Box::new(Hooks::new(Arc::clone(&hooked), in_stream.at_target, !resumed))
+            Box::new(Hooks::new(Arc::clone(&hooked), in_stream.at_target, first_cuts_wait))
         })
         .map_err(|error| Error::failed(format!("group {name}"), crate::error::chain(&error)))?;
         for volume in &state.volumes {
@@ -688,18 +710,23 @@ fn joined_in_stream(attached: &Attached, state: &GroupState) -> Result<(Joined, 
     let indices = || state.volumes.iter().map(|volume| VolumeIndex(volume.index));
     if !attached.resumed {
         let lost = state.compare_everything || attached.lost || attached.from_log;
+        let before = attached.logged.first().map(|first| first.before.joined);
         let all: BTreeSet<_> = state
             .volumes
             .iter()
             .filter(|volume| lost || volume.joined)
             .map(|volume| VolumeIndex(volume.index))
             .collect();
-        return Ok((Joined { at_target: all.clone(), all }, Vec::new()));
+        let at_target =
+            all.iter().copied().filter(|index| before.is_none_or(|before| before.contains(*index))).collect();
+        return Ok((Joined { at_target, all }, Vec::new()));
     }
     let mut ring = CaptureRing::new(Arc::clone(&attached.ring))
         .map_err(|error| Error::failed("ring", crate::error::chain(&error)))?;
     let mut flags = ring.load_state().unwrap_or_default().flags;
     let at_target = indices().filter(|index| flags.joined.contains(*index)).collect();
+    // What is in the disk log goes before what is in the ring.
+    flags = attached.logged.last().map_or(flags, |last| last.after);
     let mut held = attached.writing.clone();
     while let Some(entry) = ring.next_entry().map_err(|error| Error::failed("ring", crate::error::chain(&error)))? {
         flags.apply(entry.kind, entry.volume);

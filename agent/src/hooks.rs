@@ -7,7 +7,7 @@ use farshore_blkfilter::Cutter;
 use farshore_proto::message::RefuseCode;
 use farshore_proto::{Incarnation, Now, Position, VolumeIndex, WallTime};
 use farshore_ring::Consumer;
-use farshore_streamer::{Capture, StreamEvent};
+use farshore_streamer::{Capture, LogNews, StreamEvent};
 
 use crate::alarms::code;
 use crate::shared::Shared;
@@ -93,6 +93,46 @@ impl Hooks {
     }
 }
 
+impl Hooks {
+    fn handle_log(&self, news: LogNews) {
+        let group = self.shared.name.as_str();
+        let alarms = &self.shared.alarms;
+        match news {
+            LogNews::InUse => {
+                let cause = match alarms.is_raised(code::LINK_DOWN, group) {
+                    true => "the target is not reached",
+                    false => "the link is slower than the guests write",
+                };
+                let text = format!(
+                    "{cause}: batches wait in the disk log, in order. It ends by itself once the target has them; `farshore status` \
+                     shows how full the log is (`log_used_bytes`), and beyond it points pause"
+                );
+                alarms.raise(code::LOG_IN_USE, group, text);
+            }
+            LogNews::Empty => {
+                alarms.clear(code::LOG_IN_USE, group);
+                alarms.clear(code::LOG_FULL, group);
+            }
+            LogNews::Full => {
+                let text = "the disk log is full: what guests write now stays in the ring, and where that is full, points pause until a resync \
+                            has ended";
+                alarms.raise(code::LOG_FULL, group, text);
+            }
+            LogNews::Failed(reason) => alarms.raise(
+                code::LOG_FAILED,
+                group,
+                format!("the disk log cannot be written ({reason}): it takes nothing more before it is empty"),
+            ),
+            LogNews::Slow => alarms.raise(code::LOG_FAILED, group, "the disk log's disk has not answered for 5 s"),
+            LogNews::Sound => {
+                alarms.clear(code::LOG_FAILED, group);
+                alarms.clear(code::LOG_FULL, group);
+            }
+            LogNews::Kept(end) => self.shared.capture.note_durable(end),
+        }
+    }
+}
+
 impl Capture for Hooks {
     fn cut(&mut self, now: Now, wall: &dyn Fn() -> WallTime, slot_free: bool) {
         self.shared.take_alarms();
@@ -153,6 +193,14 @@ impl Capture for Hooks {
         recorded
     }
 
+    fn log_begins(&mut self, line: u64) -> bool {
+        self.shared.update_state(|state| state.log_line = Some(format!("{line:016x}")))
+    }
+
+    fn log_ends(&mut self) -> bool {
+        self.shared.update_state(|state| state.log_line = None)
+    }
+
     fn event(&mut self, event: StreamEvent) {
         let group = self.shared.name.as_str();
         let alarms = &self.shared.alarms;
@@ -200,6 +248,7 @@ impl Capture for Hooks {
             }
             StreamEvent::Paused { reason } => alarms.raise(code::PAUSED, group, reason),
             StreamEvent::Resumed => alarms.clear(code::PAUSED, group),
+            StreamEvent::Log(news) => self.handle_log(news),
             StreamEvent::Refused { code: RefuseCode::Replaced, detail } => {
                 alarms.raise(code::REFUSED, group, format!("another agent of this name took over: {detail}"));
             }

@@ -10,7 +10,8 @@
 
 use std::path::{Path, PathBuf};
 
-use farshore_proto::{Name, VaultId};
+use farshore_proto::{GroupId, Name, VaultId};
+use farshore_streamer::Line;
 use farshore_uring::{OpenMode, Storage, StorageFile, replace_file};
 use serde::{Deserialize, Serialize};
 
@@ -19,8 +20,8 @@ use crate::verify::VerifyState;
 use crate::{Error, Result};
 
 const FORMAT: u32 = 1;
-/// Of a group's file. 2 added `ublk` to volumes, 3 `mapped` and `evidence`, 4 `verify`, 5 `boot`; all of them are read.
-const GROUP_FORMAT: u32 = 5;
+/// Of a group's file. 2 added `ublk` to volumes, 3 `mapped` and `evidence`, 4 `verify`, 5 `boot`, 6 `log_line`; all of them are read.
+const GROUP_FORMAT: u32 = 6;
 const IDENTITY: &str = "agent.toml";
 const GROUPS: &str = "groups";
 const ACTIVITY: &str = "activity.toml";
@@ -58,6 +59,9 @@ pub struct GroupState {
     /// Boot in which requests went through the filter since the last start, without a break; none: they may have gone past it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot: Option<String>,
+    /// Batches of this group are in the disk log: number of its line there, hexadecimal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_line: Option<String>,
     /// Number of the last batch known to be durable at the target.
     pub last_number: u64,
     /// Its chain hash, hexadecimal.
@@ -168,6 +172,7 @@ impl GroupState {
             attached: false,
             compare_everything: false,
             boot: None,
+            log_line: None,
             last_number: 0,
             last_chain: "00".repeat(32),
             next_volume: 0,
@@ -181,7 +186,14 @@ impl GroupState {
     /// There is something to protect, to recover, or (of a volume that left) to say to the target.
     #[must_use]
     pub(crate) fn is_live(&self) -> bool {
-        self.attached || !self.volumes.is_empty() || self.left.iter().any(|left| left.joined)
+        let left = self.left.iter().any(|left| left.joined);
+        self.attached || !self.volumes.is_empty() || left || self.log_line.is_some()
+    }
+
+    /// Its line in the disk log. A number that makes no sense is that of a line which nobody has.
+    pub(crate) fn line(&self, group: GroupId) -> Option<Line> {
+        let text = self.log_line.as_ref()?;
+        Some(Line { group, number: u64::from_str_radix(text, 16).unwrap_or(u64::MAX) })
     }
 }
 
@@ -465,7 +477,7 @@ mod tests {
                     source = \"/dev/sdb\"\nidentity = \"x\"\nsize = 512\nblock = 512\nfrontend = \"nbd+unix:/a\"\njoined = true\n";
         write(folder.path(), body);
         let mut state = store.read_group(&group).expect("read").expect("there");
-        assert_eq!((state.format, state.incarnation, &state.volumes[0].ublk), (5, 3, &None));
+        assert_eq!((state.format, state.incarnation, &state.volumes[0].ublk), (6, 3, &None));
         write(folder.path(), &body.replace("format = 1", "format = 2"));
         assert_eq!(store.read_group(&group).expect("read"), Some(state.clone()));
 
@@ -485,9 +497,9 @@ mod tests {
 
         let seen = look(folder.path()).expect("ours");
         assert!(matches!(&seen[..], [(name, Ok(found))] if *name == group && found.volumes.len() == 1), "{seen:?}");
-        write(folder.path(), &body.replace("format = 1", "format = 6"));
+        write(folder.path(), &body.replace("format = 1", "format = 7"));
         let error = store.read_group(&group).expect_err("newer").to_string();
-        assert!(error.contains("format 6"), "{error}");
+        assert!(error.contains("format 7"), "{error}");
         let seen = look(folder.path()).expect("ours");
         assert!(matches!(&seen[..], [(_, Err(Error::State { .. }))]), "damage stands in the group's place: {seen:?}");
         look(&folder.path().join(GROUPS)).expect_err("no state directory");

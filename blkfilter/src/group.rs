@@ -573,8 +573,9 @@ impl CaptureGroup {
         claimed
     }
 
-    /// Claims the end of the open event, if nothing is missing of any volume that has joined.
-    pub(crate) fn end_event(&self) -> Option<Position> {
+    /// Claims the end of the open event, if nothing is missing of any volume that has joined. `None`: something is, none is open, or there
+    /// is no room.
+    pub fn end_event(&self) -> Option<Position> {
         let mut events = self.events();
         if !events.open {
             return None;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use farshore_agent::config::{AgentConfig, AgentFile};
 use farshore_agent::supervisor::{self, Abilities, Notice, WorkerCommand};
-use farshore_agent::{Agent, activity_log_place, api, ring_folder};
+use farshore_agent::{Agent, activity_log_place, api, disk_log_place, ring_folder};
 use farshore_link::identity::Identity;
 
 use crate::args::AgentRun;
@@ -71,6 +71,7 @@ pub(crate) fn check(args: AgentRun, output: &Output) -> Result<()> {
     let (config, _) = settings(args)?;
     ring_folder(&config.ring_dir)?;
     activity_log_place(&config)?;
+    disk_log_place(&config)?;
     output.document(&serde_json::to_value(Abilities::own()).context("encode")?);
     Ok(())
 }
@@ -87,6 +88,8 @@ fn settings(args: AgentRun) -> Result<(AgentConfig, Identity)> {
     file.ring = args.ring.or(file.ring);
     file.ring_dir = args.ring_dir.or(file.ring_dir);
     file.activity_log = args.activity_log.or(file.activity_log);
+    file.log = args.log.or(file.log);
+    file.log_size = args.log_size.or(file.log_size);
     file.socket = args.socket.or(file.socket);
     let config = AgentConfig::validate(file, daemon::memory_bytes()?)?;
     let identity = Identity::load(&config.identity).map_err(|error| Failure::from_link(&error))?;
@@ -95,7 +98,7 @@ fn settings(args: AgentRun) -> Result<(AgentConfig, Identity)> {
 
 /// The flags, as another process is given them.
 fn to_arguments(args: &AgentRun) -> Vec<OsString> {
-    let AgentRun { identity, state, upstream, ring, ring_dir, activity_log, socket, config } = args;
+    let AgentRun { identity, state, upstream, ring, ring_dir, activity_log, log, log_size, socket, config } = args;
     let path = |path: &Option<std::path::PathBuf>| path.clone().map(OsString::from);
     let flags = [
         ("--identity", path(identity)),
@@ -104,6 +107,8 @@ fn to_arguments(args: &AgentRun) -> Vec<OsString> {
         ("--ring", ring.map(|bytes| bytes.to_string().into())),
         ("--ring-dir", path(ring_dir)),
         ("--activity-log", path(activity_log)),
+        ("--log", path(log)),
+        ("--log-size", log_size.map(|bytes| bytes.to_string().into())),
         ("--socket", path(socket)),
         ("--config", path(config)),
     ];

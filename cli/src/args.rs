@@ -378,6 +378,12 @@ pub(crate) struct AgentRun {
     /// File or block device of the activity log; never on a protected volume. Default: activity.log in the state directory.
     #[arg(long)]
     pub activity_log: Option<PathBuf>,
+    /// File or block device of the disk log, which takes batches while the link does not keep up; never on a protected volume.
+    #[arg(long)]
+    pub log: Option<PathBuf>,
+    /// Its size. Default: 10GiB, or all of a device.
+    #[arg(long, value_parser = parse_size)]
+    pub log_size: Option<u64>,
     /// Admin socket.
     #[arg(long, env = "FARSHORE_AGENT_SOCKET")]
     pub socket: Option<PathBuf>,

@@ -56,6 +56,12 @@ impl Capture for Cuts {
     fn compare_everything(&mut self, _: &str) -> bool {
         false
     }
+    fn log_begins(&mut self, _: u64) -> bool {
+        false
+    }
+    fn log_ends(&mut self) -> bool {
+        false
+    }
     fn event(&mut self, _: StreamEvent) {}
     fn unreachable(&mut self, reason: &str, _: bool) {
         println!("link: {reason}");
@@ -155,6 +161,7 @@ fn main() {
         SourceLinkConfig::new(target.local_addr().to_string()),
         agent,
         &ring,
+        None,
         move |_: StreamWaker| -> Box<dyn Capture> {
             Box::new(Cuts {
                 producer: of_capture.producer(),

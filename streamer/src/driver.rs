@@ -11,8 +11,10 @@ use farshore_link::quic::{BatchBytes, LinkStats, SourceEvent, SourceLink, Source
 use farshore_proto::batch::VolumeDecl;
 use farshore_proto::{GroupId, Incarnation, Now, WallTime};
 use farshore_ring::{CellRef, Consumer, Ring};
+use farshore_uring::DirFile;
 
 use crate::capture::CaptureRing;
+use crate::disk_log::{GroupLog, LogOrder, LogWorker, ToWorker};
 use crate::haste::Urgency;
 use crate::inbox::{Inbox, Input};
 use crate::machine::{StreamEvent, StreamStatus, Streamer, StreamerConfig};
@@ -29,6 +31,8 @@ const SLEEP_MAX: Duration = Duration::from_secs(1);
 const RECORD_RETRY: Duration = Duration::from_secs(1);
 /// Longest wait of another thread for the figures.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
+/// Longest wait at a stop for the disk log to take what the target did not.
+const LOG_GRACE: Duration = Duration::from_secs(10);
 /// Time between two looks at how much the stream is pressed.
 const PRESSURE_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -46,6 +50,11 @@ pub trait Capture: Send {
     fn start_over(&mut self, consumer: &mut Consumer, incarnation: Incarnation, wall: WallTime, reason: &str) -> bool;
     /// Durably records "compare everything" and opens an event. `false`: it could not be recorded; asked again.
     fn compare_everything(&mut self, reason: &str) -> bool;
+    /// Durably records that batches of this group are in the disk log from now on, in a line of this number. `false`: it could not be
+    /// recorded; asked again.
+    fn log_begins(&mut self, line: u64) -> bool;
+    /// Durably records that none are any more. `false`: it could not be recorded; asked again.
+    fn log_ends(&mut self) -> bool;
     /// Everything else that happens.
     fn event(&mut self, event: StreamEvent);
     /// The target cannot be reached; `fatal`: not before somebody acts.
@@ -61,6 +70,8 @@ pub struct StreamerStatus {
     pub link: LinkStats,
     /// Round trip on the wire.
     pub link_rtt: Option<Duration>,
+    /// Bytes of the disk log that this group takes, and of all of it.
+    pub log_bytes: (u64, u64),
 }
 
 /// Wakes a streamer's thread: for the ring's producers, and after something was asked of the cutter. Never waits.
@@ -89,7 +100,7 @@ struct StopRequest {
 }
 
 impl StreamerHandle {
-    /// Starts the link, the workers and the thread.
+    /// Starts the link, the workers and the thread. `disk_log`: with what it holds in [`StreamerConfig::disk_log`].
     ///
     /// # Errors
     /// The ring has a consumer already or its state is another ring's; the link cannot be set up; a thread cannot be started.
@@ -98,6 +109,7 @@ impl StreamerHandle {
         link: SourceLinkConfig,
         identity: Arc<Identity>,
         ring: &Arc<Ring>,
+        disk_log: Option<GroupLog<DirFile>>,
         capture: impl FnOnce(StreamWaker) -> Box<dyn Capture>,
     ) -> Result<Self> {
         let parker = Parker::new();
@@ -113,6 +125,14 @@ impl StreamerHandle {
         let pool =
             WorkPool::start(workers, &host_key, group, &segments, move |done| to_thread.push(Input::Done(done)))?;
         let to_thread = inbox.clone();
+        let log = disk_log.map(|log| {
+            let name = format!("log-{}", thread_name.trim_start_matches("stream-"));
+            let line = log.line().number;
+            let worker = LogWorker::start(name, log, move |done| to_thread.push(Input::Log(done)))?;
+            Ok::<_, Error>(DiskLogUse { worker, line, pending: None })
+        });
+        let log = log.transpose()?;
+        let to_thread = inbox.clone();
         let link =
             SourceLink::start(link, identity, move |event| to_thread.push(Input::Link(event))).map_err(Error::Link)?;
         let link = Arc::new(link);
@@ -126,6 +146,7 @@ impl StreamerHandle {
             parker,
             clock,
             pending: None,
+            log,
             stopping: None,
             stop: Arc::clone(&stop),
             urgency: (clock.now(), Urgency::default()),
@@ -216,6 +237,15 @@ enum Pending {
     StartOver(Incarnation, String),
 }
 
+/// The group's disk log.
+struct DiskLogUse {
+    worker: LogWorker,
+    /// Number of its line, or of the next one.
+    line: u64,
+    /// What must be recorded before the log goes on, with the time of the next attempt.
+    pending: Option<(Now, LogOrder)>,
+}
+
 struct Driver {
     streamer: Streamer<CaptureRing>,
     capture: Box<dyn Capture>,
@@ -226,6 +256,7 @@ struct Driver {
     clock: Clock,
     /// With the time of the next attempt.
     pending: Option<(Now, Pending)>,
+    log: Option<DiskLogUse>,
     /// When draining ends.
     stopping: Option<Now>,
     stop: Arc<StopRequest>,
@@ -241,7 +272,7 @@ impl Driver {
                 self.take(input);
             }
             let more = self.turn();
-            if self.stopping.is_some_and(|end| self.streamer.is_drained() || end <= self.clock.now()) {
+            if self.stopping.is_some_and(|end| self.has_stopped(end)) {
                 return self.finish();
             }
             if !more {
@@ -267,6 +298,7 @@ impl Driver {
                 self.capture.unreachable(&reason, fatal);
             }
             Input::Done(done) => self.streamer.handle_done(now, done),
+            Input::Log(done) => self.streamer.handle_log(now, done),
             Input::Status(sender) => {
                 // An asker that went away does not matter.
                 let _ = sender.send(self.status());
@@ -314,6 +346,23 @@ impl Driver {
         more
     }
 
+    /// All that can be done before the process ends is done. What the target does not take in time goes to the disk log, if there is one.
+    fn has_stopped(&mut self, end: Now) -> bool {
+        let now = self.clock.now();
+        if self.streamer.is_drained() {
+            return true;
+        }
+        let (late, gone) = (end <= now, !self.streamer.is_live());
+        // Without cuts nothing goes there.
+        if !self.streamer.can_log() || self.capture.cut_deadline(true).is_none() {
+            return late;
+        }
+        if late || gone {
+            self.streamer.log_everything(now);
+        }
+        late && (self.streamer.is_kept() || end.plus(LOG_GRACE) <= now)
+    }
+
     fn slot_free(&self) -> bool {
         self.streamer.slot_free() || self.streamer.wants_cut() || self.stopping.is_some()
     }
@@ -335,6 +384,7 @@ impl Driver {
                 break;
             }
         }
+        self.obey_log(now);
         if let Some((session, reason)) = self.streamer.poll_drop() {
             tracing::warn!(reason, "session with the target dropped");
             self.link.close_session(session, &reason);
@@ -352,7 +402,54 @@ impl Driver {
                 | StreamEvent::Down { .. }
                 | StreamEvent::Paused { .. }
                 | StreamEvent::Resumed
+                | StreamEvent::Log(_)
                 | StreamEvent::Refused { .. } => self.capture.event(event),
+            }
+        }
+    }
+
+    /// Passes the streamer's orders on to the log's thread; what must be recorded first is.
+    fn obey_log(&mut self, now: Now) {
+        let Some(log) = &mut self.log else { return };
+        loop {
+            let order = match log.pending.take() {
+                Some((at, order)) if at <= now => order,
+                Some(early) => {
+                    log.pending = Some(early);
+                    return;
+                }
+                None => match self.streamer.poll_log(now) {
+                    Some(order) => order,
+                    None => return,
+                },
+            };
+            let recorded = match &order {
+                LogOrder::Begin => self.capture.log_begins(log.line),
+                LogOrder::End | LogOrder::GiveUp => self.capture.log_ends(),
+                LogOrder::Append { .. } | LogOrder::Load { .. } | LogOrder::Trim { .. } => true,
+            };
+            if !recorded {
+                log.pending = Some((now.plus(RECORD_RETRY), order));
+                return;
+            }
+            match order {
+                LogOrder::Begin => self.streamer.handle_log_begun(),
+                LogOrder::End | LogOrder::GiveUp => {
+                    let fresh = fresh_bytes();
+                    let next = u64::from_le_bytes(std::array::from_fn(|i| fresh[i]));
+                    if log.worker.give(ToWorker::Clear(next)).is_err() {
+                        log.pending = Some((now.plus(LOOK_INTERVAL), order));
+                        return;
+                    }
+                    log.line = next;
+                    self.streamer.handle_log_ended();
+                }
+                LogOrder::Append { .. } | LogOrder::Load { .. } | LogOrder::Trim { .. } => {
+                    if let Err(ToWorker::Order(order)) = log.worker.give(ToWorker::Order(order)) {
+                        log.pending = Some((now.plus(LOOK_INTERVAL), order));
+                        return;
+                    }
+                }
             }
         }
     }
@@ -390,7 +487,9 @@ impl Driver {
         let now = self.clock.now();
         let cut = self.capture.cut_deadline(self.slot_free());
         let record = self.pending.as_ref().map(|(at, _)| *at);
-        let deadlines = [self.streamer.poll_deadline(), cut, record, self.stopping];
+        let log = self.log.as_ref().and_then(|log| Some(log.pending.as_ref()?.0));
+        let stop = self.stopping.map(|end| if end <= now { end.plus(LOG_GRACE) } else { end });
+        let deadlines = [self.streamer.poll_deadline(), cut, record, log, stop];
         let next = deadlines.into_iter().flatten().min().map_or(SLEEP_MAX, |at| at.since(now)).min(SLEEP_MAX);
         if !quiet || !self.streamer.takes_entries() {
             self.parker.park_timeout(next.min(LOOK_INTERVAL));
@@ -408,6 +507,10 @@ impl Driver {
             stream: self.streamer.status(self.clock.wall()),
             link: self.link.stats(),
             link_rtt: self.link.rtt(),
+            log_bytes: self
+                .log
+                .as_ref()
+                .map_or((0, 0), |log| (log.worker.used.load(std::sync::atomic::Ordering::Relaxed), log.worker.size)),
         }
     }
 
@@ -415,7 +518,11 @@ impl Driver {
         self.streamer.say_bye();
         let now = self.clock.now();
         self.move_output(now);
-        self.status()
+        let status = self.status();
+        if let Some(log) = self.log.take() {
+            log.worker.stop(self.streamer.can_log());
+        }
+        status
     }
 }
 

@@ -9,6 +9,7 @@ use farshore_link::quic::SourceEvent;
 use farshore_proto::batch::VolumeDecl;
 use farshore_ring::CellRef;
 
+use crate::disk_log::LogDone;
 use crate::driver::StreamerStatus;
 use crate::work::Done;
 
@@ -19,6 +20,7 @@ const CONTROL_BYTES_MAX: usize = 16 << 20;
 pub(crate) enum Input {
     Link(SourceEvent),
     Done(Done<CellRef>),
+    Log(LogDone),
     Status(Sender<StreamerStatus>),
     Volumes(Vec<VolumeDecl>),
     Rate(Option<u64>),

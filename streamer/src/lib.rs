@@ -31,6 +31,7 @@ mod bucket;
 mod capture;
 mod coalesce;
 mod dedup;
+mod disk_log;
 mod drain;
 mod driver;
 mod error;
@@ -50,6 +51,9 @@ pub use bucket::TokenBucket;
 pub use capture::CaptureRing;
 pub use coalesce::{Coalescer, Granularity, Origin, RecordSet};
 pub use dedup::{LeaseSet, Seen};
+pub use disk_log::{
+    BATCHES_MAX, DISK_LOG_MIN, Damage, DiskLog, GroupLog, Line, LogDone, LogOrder, LoggedBatch, is_disk_log,
+};
 pub use drain::{Drain, RawBatch, RawEntry};
 pub use driver::{Capture, StreamWaker, StreamerHandle, StreamerStatus};
 pub use error::{Error, Result};
@@ -57,7 +61,8 @@ pub use hash::{Hasher, is_zero};
 pub use level::LevelControl;
 pub use look::looks_random;
 pub use machine::{
-    DurableBatch, Entropy, Outgoing, Phase, StreamEvent, StreamLog, StreamStatus, Streamer, StreamerConfig,
+    DurableBatch, Entropy, LogFigures, LogNews, LogStart, Outgoing, Phase, StreamEvent, StreamLog, StreamStatus,
+    Streamer, StreamerConfig, bridge,
 };
 pub use pack::{FramePlan, PackPlan, Packer};
 pub use seal::{Level, SealedBatch, Sealer, SegmentPool};

@@ -44,4 +44,4 @@ macro_rules! tests {
     };
 }
 
-tests!(batch, record_list, frame, source_message, target_message, text, activity_log);
+tests!(batch, record_list, frame, source_message, target_message, text, activity_log, disk_log);

@@ -11,11 +11,11 @@ use crate::support::rig::binary;
 use crate::support::{Guest, MIB, Rig, device, until};
 
 /// What the agent takes for the host's start: files that stand in for the kernel's, in a mount namespace of its own.
-struct Host(PathBuf);
+pub(crate) struct Host(PathBuf);
 
 impl Host {
     /// A host for the agent of these sites.
-    fn of(config: &mut SitesConfig) -> Result<Self> {
+    pub(crate) fn of(config: &mut SitesConfig) -> Result<Self> {
         let host = Self(config.dir.join("host"));
         std::fs::create_dir(&host.0).context("make a folder")?;
         let program = host.0.join("farshore-on-host");
@@ -40,7 +40,7 @@ impl Host {
     }
 
     /// It goes down, with the agent, and is started again, later than everything that was done to its disks.
-    fn goes_down(&self, rig: &mut Rig, number: u32) -> Result<()> {
+    pub(crate) fn goes_down(&self, rig: &mut Rig, number: u32) -> Result<()> {
         self.goes_down_before(rig, number, 2)
     }
 

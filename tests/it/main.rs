@@ -7,6 +7,7 @@
 mod activity;
 mod cli;
 mod clients;
+mod disk_log;
 mod faults;
 mod order;
 mod service;

@@ -223,7 +223,10 @@ impl World {
                     self.live = false;
                     self.host.syncer.handle_break();
                 }
-                StreamEvent::Paused { .. } | StreamEvent::Resumed | StreamEvent::Refused { .. } => {}
+                StreamEvent::Paused { .. }
+                | StreamEvent::Resumed
+                | StreamEvent::Log(_)
+                | StreamEvent::Refused { .. } => {}
                 // The ring is never lost here, and what was acknowledged is durable: the stream can always go on.
                 StreamEvent::CompareEverything { reason } | StreamEvent::StartOver { reason, .. } => {
                     panic!("step {}: the stream cannot go on: {reason}", self.step)

@@ -43,6 +43,7 @@ pub(crate) fn own_files(config: &AgentConfig) -> Vec<Own> {
     add("state directory", Some(&config.state));
     add("ring folder", Some(&config.ring_dir));
     add("activity log", config.activity_log.as_deref());
+    add("disk log", config.disk_log.as_ref().map(|log| log.path.as_path()));
     add("identity", Some(&config.identity));
     add("configuration", config.file.as_deref());
     add("admin socket's folder", config.socket.parent());

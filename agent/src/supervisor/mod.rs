@@ -66,6 +66,7 @@ use self::watch::Watch;
 use crate::activity::activity_log_place;
 use crate::attach::ring_folder;
 use crate::config::AgentConfig;
+use crate::disk_log::disk_log_place;
 use crate::frontend::may_survive;
 use crate::{Error, Result, api, clock};
 
@@ -156,6 +157,7 @@ struct Supervisor<'a> {
 pub fn run(config: &AgentConfig, host: &Name, command: WorkerCommand, notify: &dyn Fn(Notice)) -> Result<i32> {
     ring_folder(&config.ring_dir)?;
     activity_log_place(config)?;
+    disk_log_place(config)?;
     let _lock = lock(&config.ring_dir, host)?;
     host::settle();
     let image = Image::own()?;

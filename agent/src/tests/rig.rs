@@ -113,6 +113,7 @@ impl Rig {
             worker_hang_max: Duration::from_secs(2),
             activity_log: None,
             al_extents: 1024,
+            disk_log: None,
             groups: BTreeMap::new(),
             file: None,
         };

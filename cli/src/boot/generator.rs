@@ -99,6 +99,7 @@ impl Input {
             std::env::current_exe().ok(),
             file.ring_dir,
             file.activity_log,
+            file.log,
         ];
         let own = own.into_iter().flatten().collect();
         let mut input =

@@ -8,6 +8,8 @@ use crate::coalesce::Granularity;
 use crate::seal::Level;
 use crate::{Error, Result, VolumeSet};
 
+use super::backlog::LogStart;
+
 /// Gives 32 fresh random bytes.
 pub type Entropy = Box<dyn FnMut() -> [u8; 32] + Send>;
 
@@ -43,6 +45,8 @@ pub struct StreamerConfig {
     pub rate: Option<u64>,
     /// The host's activity log, if it has one.
     pub log: Option<StreamLog>,
+    /// What the disk log holds, if there is one.
+    pub disk_log: Option<LogStart>,
 }
 
 /// What a stream has to do with the host's activity log.
@@ -78,6 +82,7 @@ impl StreamerConfig {
             window_bytes: 64 << 20,
             rate: None,
             log: None,
+            disk_log: None,
         }
     }
 

@@ -16,24 +16,23 @@ impl<S: RingSource> Streamer<S> {
     #[must_use]
     pub fn poll_batch(&mut self, now: Now) -> Option<Outgoing> {
         let session = self.link?;
-        let held = self.mode != Mode::Live || self.paused.is_some() || self.catch_up.is_some();
-        if held || self.link_full || self.dropping {
+        if !self.is_sending() || self.link_full || !self.bucket.is_open(now) {
             return None;
         }
-        let index = self.slots.iter().position(|slot| !slot.is_sent())?;
-        if !self.slots[index].is_ready() || !self.bucket.is_open(now) {
-            return None;
-        }
-        if !self.state.sent {
+        let number = self.sent_to.max(self.state.number).next();
+        let batch = match self.backlog.get(number) {
+            Some(logged) if logged.incarnation == self.greeted => self.loaded(number)?.clone(),
+            // Of another session.
+            Some(_) => return None,
+            None if self.greeted == self.state.incarnation => self.slot_mut(number)?.sealed()?.clone(),
+            None => return None,
+        };
+        if !self.state.sent && self.greeted == self.state.incarnation {
             // Before the first byte: from here on the target may hold a batch of this incarnation.
             self.state.sent = true;
             self.source.store_state(&self.state);
         }
-        let slot = &mut self.slots[index];
-        let Stage::Ready(batch) = &slot.stage else { unreachable!("looked for above") };
-        let batch = batch.clone();
-        let number = slot.number;
-        slot.stage = Stage::Sent(batch.clone());
+        self.sent_to = number;
         self.bucket.take(batch.len);
         Some(Outgoing { session, number, batch })
     }
@@ -55,31 +54,79 @@ impl<S: RingSource> Streamer<S> {
             // Said again of what the greeting said: counts once the batches formed again prove to be the same.
             return Ok(());
         }
-        if incarnation != self.state.incarnation {
-            return Err(format!(
-                "batch {number} of incarnation {incarnation} acknowledged, ours is {}",
-                self.state.incarnation
-            ));
+        let logged = self.backlog.get(number).map(|batch| (batch.incarnation, batch.chain));
+        let own = logged.map_or(self.state.incarnation, |(incarnation, _)| incarnation);
+        if incarnation != own {
+            return Err(format!("batch {number} of incarnation {incarnation} acknowledged, ours is {own}"));
         }
-        match self.slot_mut(number) {
+        let known = logged.map(|(_, chain)| chain).or_else(|| self.slot_mut(number)?.chain);
+        match known {
             // Sent in this session or, where the target was still journaling when the last one ended, in that.
-            Some(slot) if slot.chain == Some(*chain) => {}
-            Some(slot) if slot.chain.is_some() => {
-                return Err(format!("batch {number} acknowledged with chain hash {chain}, ours differs"));
+            Some(own) if own == *chain => {}
+            Some(_) => return Err(format!("batch {number} acknowledged with chain hash {chain}, ours differs")),
+            None if number <= self.sent_to => {
+                // Sent, and being formed again since: counts once it proves to be the same.
+                self.held = Some((number, *chain, received));
+                return Ok(());
             }
-            Some(_) | None => return Err(format!("batch {number} acknowledged, which was not sent")),
+            None => return Err(format!("batch {number} acknowledged, which was not sent")),
         }
         self.refusals = 0;
         self.make_durable(now, number, Some(received));
         Ok(())
     }
 
-    /// Everything up to batch `number`, which is in the window and linked, is durable.
+    /// Whether an acknowledgement that was held is of the batch that was formed again.
+    pub(super) fn check_held(&mut self, now: Now) {
+        let Some((number, chain, received)) = self.held else { return };
+        let Some(own) = self.slot_mut(number).and_then(|slot| slot.chain) else { return };
+        self.held = None;
+        if own == chain {
+            self.make_durable(now, number, Some(received));
+        } else {
+            self.give_up_link(format!("batch {number} acknowledged with chain hash {chain}, ours differs"));
+        }
+    }
+
+    /// Everything up to batch `number`, which is in the log or in the window and linked, is durable.
     pub(super) fn make_durable(&mut self, now: Now, number: BatchNo, received: Option<WallTime>) {
         let mut events = Vec::new();
+        let mut own = false;
+        while let Some(batch) = self.backlog.pop_up_to(number) {
+            own = batch.incarnation == self.state.incarnation;
+            if batch.number <= self.sent_to {
+                self.counters.shipped_bytes += batch.payload_bytes;
+                self.meter.handle_taken(batch.len);
+            }
+            self.counters.batches += 1;
+            self.counters.written_bytes += batch.written_bytes;
+            // Positions of an older ring mean nothing in this one, which begins behind all of them.
+            self.state.position = if own { batch.end } else { self.state.position };
+            self.state.number = batch.number;
+            self.state.chain = batch.chain;
+            self.state.flags = batch.after;
+            if batch.recoverable {
+                self.state.newest_point = self.state.newest_point.max(batch.time);
+            }
+            events.push(StreamEvent::Durable(DurableBatch {
+                point: PointId {
+                    generation: self.config.generation,
+                    incarnation: batch.incarnation,
+                    batch: batch.number,
+                },
+                end: self.state.position,
+                time: batch.time,
+                recoverable: batch.recoverable,
+                app_consistent: batch.app_consistent,
+                bookmark: batch.bookmark,
+                received,
+            }));
+        }
+        self.trim_log(number);
         while self.slots.front().is_some_and(|slot| slot.number <= number) {
             let slot = self.slots.pop_front().expect("looked at just now");
-            if let Stage::Sent(batch) | Stage::Ready(batch) = &slot.stage {
+            own = true;
+            if let Stage::Ready(batch) = &slot.stage {
                 self.counters.shipped_bytes += slot.payload_bytes;
                 self.meter.handle_taken(batch.len);
             }
@@ -106,12 +153,18 @@ impl<S: RingSource> Streamer<S> {
                 received,
             }));
         }
-        self.state.sent = true;
-        self.state.acknowledged = true;
+        self.sent_to = self.sent_to.max(number);
+        self.state.sent |= own;
+        self.state.acknowledged |= own;
         // The state first, then the ring: see `StreamState`.
         self.source.store_state(&self.state);
-        self.source.free_to(self.state.position);
+        if self.state.position > self.source.freed() {
+            self.source.free_to(self.state.position);
+        }
         self.events.extend(events);
+        if self.mode == Mode::Live && self.greeted != self.stream_incarnation() {
+            self.give_up_link("the target has all of an older incarnation: the next one is greeted for".into());
+        }
         self.release_answers();
         self.meter.handle_busy(now, !self.slots.is_empty());
     }

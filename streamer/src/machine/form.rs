@@ -43,7 +43,7 @@ impl<S: RingSource> Streamer<S> {
     #[must_use]
     pub fn poll_work(&mut self, now: Now) -> Option<Work<S::Payload>> {
         // One more than there are workers, so that none waits for this thread.
-        if self.mode != Mode::Live || self.running > self.config.workers as usize {
+        if !(self.mode == Mode::Live || self.backlog.takes_batches()) || self.running > self.config.workers as usize {
             return None;
         }
         let work = self.seal_next().or_else(|| self.list_next(now));
@@ -108,7 +108,7 @@ impl<S: RingSource> Streamer<S> {
             .position(|slot| matches!(slot.stage, Stage::Listed(..)) && slot.chain.is_some() && !slot.verify_only)?;
         let previous = match index.checked_sub(1) {
             Some(before) => self.slots[before].chain.expect("linked before its successor"),
-            None => self.state.chain,
+            None => self.base().chain,
         };
         let annotations = Annotations {
             bookmark: self.slots[index].bookmark.clone(),
@@ -129,7 +129,7 @@ impl<S: RingSource> Streamer<S> {
             chain: slot.chain.expect("looked for above"),
             fresh,
             annotations,
-            lease: self.lease.clone(),
+            lease: self.lease.clone().filter(|_| !self.backlog.wants_whole_batches()),
             session: self.greeting,
             level,
             log: self.config.log.as_ref().and_then(|log| (log.now)().known()),
@@ -143,7 +143,8 @@ impl<S: RingSource> Streamer<S> {
         let number = self.next_number();
         let verify_only = self.catch_up.is_some_and(|catch_up| number <= catch_up.number);
         // While catching up, batches behind the target's tail wait: whether they follow it is not known yet.
-        if !verify_only && (self.catch_up.is_some() || self.paused.is_some() || !self.window_has_room()) {
+        let held = self.paused.is_some() && !self.backlog.takes_batches();
+        if !verify_only && (self.catch_up.is_some() || held || !self.window_has_room()) {
             return None;
         }
         let raw = self.drain.pop()?;
@@ -160,6 +161,7 @@ impl<S: RingSource> Streamer<S> {
             written_bytes: raw.written_bytes,
             chain: None,
             verify_only,
+            logged: None,
             stage: Stage::Listing,
         });
         self.meter.handle_busy(now, true);
@@ -170,7 +172,7 @@ impl<S: RingSource> Streamer<S> {
 
     /// Computes the chain hashes that can be computed now.
     fn link_chain(&mut self, now: Now) {
-        let mut previous = self.state.chain;
+        let mut previous = self.base().chain;
         for index in 0..self.slots.len() {
             if let Some(chain) = self.slots[index].chain {
                 previous = chain;
@@ -188,6 +190,7 @@ impl<S: RingSource> Streamer<S> {
             }
         }
         self.check_catch_up(now);
+        self.check_held(now);
     }
 
     fn place(&self, slot: &Slot<S::Payload>) -> BatchPlace {

@@ -1,5 +1,6 @@
 //! The streamer as a machine: no I/O, no clock, no threads.
 
+mod backlog;
 mod config;
 mod deliver;
 mod form;
@@ -24,6 +25,8 @@ use crate::level::LevelControl;
 use crate::source::{RingSource, StreamState};
 use crate::{Error, Result, SealedBatch};
 
+use self::backlog::{Backlog, Base};
+pub use self::backlog::{LogFigures, LogNews, LogStart, bridge};
 pub use self::config::{Entropy, StreamLog, StreamerConfig};
 use self::meter::Meter;
 pub use self::status::{Phase, StreamStatus};
@@ -33,14 +36,15 @@ use self::window::Slot;
 ///
 /// Inputs: [`Self::handle_link_up`], [`Self::handle_control`], [`Self::handle_sent`], [`Self::handle_unsent`],
 /// [`Self::handle_link_down`], [`Self::handle_done`], [`Self::handle_compared`], [`Self::handle_started_over`],
-/// [`Self::handle_timeout`] at [`Self::poll_deadline`].
+/// [`Self::handle_log`], [`Self::handle_timeout`] at [`Self::poll_deadline`].
 /// Outputs, drained after each input and after entries were published: [`Self::poll_work`], [`Self::poll_control`],
-/// [`Self::poll_batch`], [`Self::poll_drop`], [`Self::poll_event`].
+/// [`Self::poll_batch`], [`Self::poll_log`], [`Self::poll_drop`], [`Self::poll_event`].
 ///
 /// Invariants:
-/// - `state.number < slots… < next`, without gaps; a slot's chain hash follows from its predecessor's and the ring alone.
-/// - What is freed was acknowledged by the target, authenticated, with the chain hash that we computed; the state that says so
-///   is stored first.
+/// - `state.number < batches in the disk log… < slots… < next`, without gaps; a slot's chain hash follows from its predecessor's and the
+///   ring alone.
+/// - What is freed was acknowledged by the target, authenticated, with the chain hash that we computed, and the state that says so
+///   is stored first; or it is durable in the disk log.
 /// - A batch is sent only in a session whose greeting proved that it continues what the target holds.
 /// - Everything in `slots` and `drain` can be made again from the ring (`reset`).
 pub struct Streamer<S: RingSource> {
@@ -52,6 +56,11 @@ pub struct Streamer<S: RingSource> {
     state: StreamState,
     drain: Drain<S::Payload>,
     slots: VecDeque<Slot<S::Payload>>,
+    backlog: Backlog,
+    /// The last batch that this session's link took; none before `state.number`.
+    sent_to: BatchNo,
+    /// An acknowledgement of a batch that was sent in this session and is being formed again.
+    held: Option<(BatchNo, ChainHash, WallTime)>,
     epoch: u64,
     /// Pieces of work given out and not back.
     running: usize,
@@ -59,6 +68,10 @@ pub struct Streamer<S: RingSource> {
     link: Option<u64>,
     /// Counts greetings and lost sessions; names the session whose lease a batch used.
     greeting: u64,
+    /// Life of the ring that the session is about.
+    greeted: Incarnation,
+    /// Batches have flowed since the number of the next one was unknown.
+    settled: bool,
     greet_at: Option<Now>,
     refusals: u32,
     welcome: Option<Welcome>,
@@ -136,6 +149,8 @@ pub enum StreamEvent {
     },
     /// It takes batches again.
     Resumed,
+    /// What has become of the disk log.
+    Log(LogNews),
     /// The target refuses the stream. Tried again, more and more slowly.
     Refused {
         /// Why.
@@ -195,9 +210,12 @@ impl<S: RingSource> Streamer<S> {
     /// # Errors
     /// The state is of another ring, or points outside of this one: compare everything in a new incarnation.
     pub fn new(now: Now, config: StreamerConfig, mut source: S, entropy: Entropy) -> Result<Self> {
-        let state = resume::state_at_start(&config, &mut source)?;
-        let drain = Drain::new(state.position, state.flags);
-        Ok(Self {
+        let mut config = config;
+        let start = config.disk_log.take();
+        let (state, batches) = resume::state_at_start(&config, start.as_ref(), &mut source)?;
+        let mut backlog = Backlog::new(start.map(|start| LogStart { batches, ..start }));
+        backlog.trim(state.number);
+        let mut streamer = Self {
             session: SourceSession::new(config.session.clone()),
             bucket: TokenBucket::new(config.rate, now),
             level: LevelControl::new(config.workers, config.level_max, now),
@@ -205,14 +223,19 @@ impl<S: RingSource> Streamer<S> {
             config,
             source,
             entropy,
-            state,
-            drain,
+            drain: Drain::new(state.position, state.flags),
             slots: VecDeque::new(),
+            backlog,
+            sent_to: state.number,
+            held: None,
+            state,
             epoch: 0,
             running: 0,
             mode: Mode::Down,
             link: None,
             greeting: 0,
+            greeted: Incarnation(0),
+            settled: false,
             greet_at: None,
             refusals: 0,
             welcome: None,
@@ -228,7 +251,10 @@ impl<S: RingSource> Streamer<S> {
             spare_sets: Vec::new(),
             counters: Counters::default(),
             last_reason: None,
-        })
+        };
+        let Base { position, flags, .. } = streamer.base();
+        streamer.drain.reset(position, flags);
+        Ok(streamer)
     }
 
     /// The ring, for what the machine does not do: re-opening, a new incarnation.
@@ -260,9 +286,8 @@ impl<S: RingSource> Streamer<S> {
         self.volumes_said = false;
         let nonce = (self.entropy)();
         let volumes = self.config.volumes.clone();
-        self.session
-            .handle_up(now, nonce, self.config.generation, self.state.incarnation, volumes)
-            .map_err(Error::Greeting)
+        self.greeted = self.stream_incarnation();
+        self.session.handle_up(now, nonce, self.config.generation, self.greeted, volumes).map_err(Error::Greeting)
     }
 
     /// A link session is gone.
@@ -302,15 +327,20 @@ impl<S: RingSource> Streamer<S> {
             return;
         }
         self.link_full = retry;
-        if let Some(slot) = self.slots.iter_mut().find(|slot| slot.number == number) {
-            slot.unsend();
-        }
+        self.send_again_behind(BatchNo(number.0.saturating_sub(1)));
     }
 
     /// The agent recorded "compare everything" and opened an event.
     pub fn handle_compared(&mut self, now: Now) {
         if self.mode == Mode::Comparing {
             self.state.compared = true;
+            if !self.backlog.is_empty() {
+                // It does not follow what the target holds. Nothing behind it is whole before all was compared.
+                self.give_up_log();
+                self.state.position = self.source.freed();
+                self.state.flags.event_open = true;
+                self.reset();
+            }
             self.source.store_state(&self.state);
             self.mode = Mode::Down;
             self.decide(now);
@@ -340,10 +370,11 @@ impl<S: RingSource> Streamer<S> {
     /// When to call [`Self::handle_timeout`].
     #[must_use]
     pub fn poll_deadline(&self) -> Option<Now> {
-        let bucket = if self.slots.iter().any(Slot::is_ready) { self.bucket.opens_at() } else { None };
+        let bucket = if self.has_unsent() { self.bucket.opens_at() } else { None };
         let level = if self.slots.is_empty() { None } else { Some(self.level.deadline()) };
         let greet = self.greet_at.filter(|_| self.link.is_some());
-        [self.session.poll_deadline(), bucket, level, greet].into_iter().flatten().min()
+        let log = self.backlog.deadline();
+        [self.session.poll_deadline(), bucket, level, greet, log].into_iter().flatten().min()
     }
 
     /// The next control message, with the link's session.
@@ -404,6 +435,7 @@ impl<S: RingSource> Streamer<S> {
         self.mode == Mode::Live
             && self.paused.is_none()
             && self.catch_up.is_none()
+            && self.backlog.is_empty()
             && self.drain.ready() == 0
             && self.window_has_room()
     }
@@ -411,13 +443,20 @@ impl<S: RingSource> Streamer<S> {
     /// The batch that has no cut yet is large enough: cut now.
     #[must_use]
     pub fn wants_cut(&self) -> bool {
-        self.drain.wants_cut()
+        // What has no cut cannot go to the log, and the ring is filling up.
+        let for_log = self.backlog.takes_batches()
+            && backlog::is_half_full(&self.source.fill())
+            && self.drain.ready() == 0
+            && self.drain.open_entries() > 0
+            && self.slots.iter().all(|slot| slot.logged.is_some());
+        self.drain.wants_cut() || for_log
     }
 
     /// Nothing is left that the target does not have, as far as was published.
     #[must_use]
     pub fn is_drained(&self) -> bool {
         self.slots.is_empty()
+            && self.backlog.is_empty()
             && self.drain.ready() == 0
             && self.drain.open_entries() == 0
             && self.state.position == self.source.head()
@@ -443,7 +482,7 @@ impl<S: RingSource> Streamer<S> {
                 }
                 SourceEvent::Resumed => {
                     self.paused = None;
-                    self.slots.iter_mut().for_each(Slot::unsend);
+                    self.send_again_behind(self.state.number);
                     self.events.push_back(StreamEvent::Resumed);
                 }
                 SourceEvent::Refused { code, detail } => self.handle_refused(now, code, detail),
@@ -467,11 +506,13 @@ impl<S: RingSource> Streamer<S> {
         if !matches!(self.mode, Mode::StartingOver | Mode::Refused | Mode::Comparing) {
             self.mode = Mode::Down;
         }
+        self.held = None;
+        self.sent_to = self.state.number;
+        self.backlog.forget_loaded();
         // References are good under the lost lease only, and batches that were only verified have no bytes.
         if self.catch_up.take().is_some() || self.slots.iter().any(Slot::needs_its_session) {
             self.reset();
         }
-        self.slots.iter_mut().for_each(Slot::unsend);
         if self.mode != Mode::Refused {
             self.last_reason = Some(reason.to_owned());
         }
@@ -486,24 +527,46 @@ impl<S: RingSource> Streamer<S> {
         }
     }
 
-    /// Forgets everything that can be made again, and begins at the freed cursor.
+    /// Forgets everything that can be made again, and begins behind what is durable or being put into the log.
     fn reset(&mut self) {
         self.epoch += 1;
-        self.slots.clear();
+        let kept = self.slots.iter().position(|slot| slot.logged.is_none()).unwrap_or(self.slots.len());
+        self.slots.truncate(kept);
         self.catch_up = None;
         self.volumes_said = false;
+        let (position, flags) = match self.slots.back() {
+            Some(last) => (last.end, last.after),
+            None => (self.base().position, self.base().flags),
+        };
         self.source.rewind();
-        self.drain.reset(self.state.position, self.state.flags);
+        resume::skip_to(&mut self.source, position);
+        self.drain.reset(position, flags);
+    }
+
+    /// Batches wait for being sent.
+    fn has_unsent(&self) -> bool {
+        self.loaded(self.sent_to.next()).is_some()
+            || self.slots.iter().any(|slot| slot.is_ready() && slot.number > self.sent_to)
+    }
+
+    /// Batches may be sent.
+    fn is_sending(&self) -> bool {
+        self.link.is_some()
+            && self.mode == Mode::Live
+            && self.paused.is_none()
+            && self.catch_up.is_none()
+            && !self.dropping
     }
 
     fn tick(&mut self, now: Now) {
         let limited = self.mode == Mode::Live
             && self.paused.is_none()
             && (!self.window_has_room() || self.link_full || !self.bucket.is_open(now))
-            && (self.drain.waiting_bytes() > 0 || self.slots.iter().any(Slot::is_ready));
+            && (self.drain.waiting_bytes() > 0 || self.has_unsent());
         self.meter.handle_busy(now, self.mode == Mode::Live && !self.slots.is_empty());
         self.level.handle_limited(now, limited);
         self.level.handle_timeout(now);
+        self.look_at_log(now);
     }
 }
 

@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use farshore_proto::message::{RefuseCode, Tail, Welcome};
 use farshore_proto::session::{Resume, SourceTail, resume};
-use farshore_proto::{BatchNo, ChainHash, Incarnation, LogMark, Now};
+use farshore_proto::{BatchNo, ChainHash, Incarnation, LogMark, Now, Position};
 
+use crate::disk_log::LoggedBatch;
 use crate::source::{RingSource, StreamFlags, StreamState};
 use crate::{Error, Result, VolumeSet};
 
+use super::backlog::{LogStart, bridge};
 use super::config::StreamerConfig;
 use super::window::Stage;
 use super::{CatchUp, Mode, StreamEvent, Streamer};
@@ -18,26 +20,69 @@ const REFUSED_WAIT: Duration = Duration::from_secs(1);
 /// Longest wait after a refusal. A person acts on minutes, and a greeting costs nothing.
 const REFUSED_WAIT_MAX: Duration = Duration::from_secs(60);
 
-/// The state from which a process goes on, with the ring freed up to it.
-pub(super) fn state_at_start<S: RingSource>(config: &StreamerConfig, ring: &mut S) -> Result<StreamState> {
+/// The state from which a process goes on and what the disk log has behind it, with the ring freed up to that.
+pub(super) fn state_at_start<S: RingSource>(
+    config: &StreamerConfig,
+    log: Option<&LogStart>,
+    ring: &mut S,
+) -> Result<(StreamState, Vec<LoggedBatch>)> {
     config.check()?;
     ring.rewind();
+    let logged = log.map_or_else(Vec::new, |log| log.batches.clone());
     let stored = ring.load_state();
-    let Some(state) = stored.filter(|state| state.incarnation == config.incarnation) else {
-        let state = first_state(config, ring, stored)?;
-        ring.store_state(&state);
-        return Ok(state);
+    let state = match stored.filter(|state| state.incarnation == config.incarnation) {
+        Some(state) => state,
+        None => {
+            let mut state = first_state(config, ring, stored)?;
+            if stored.is_none() {
+                begin_behind(&mut state, &logged);
+            }
+            ring.store_state(&state);
+            state
+        }
     };
     let (freed, head) = (ring.freed(), ring.head());
-    if state.position < freed || state.position > head {
-        return Err(Error::StateOutsideRing { position: state.position.0, freed: freed.0, head: head.0 });
+    let outside = || Error::StateOutsideRing { position: state.position.0, freed: freed.0, head: head.0 };
+    let left = bridge(&state, freed, logged).map_err(|reason| {
+        tracing::error!(reason, "what the ring does not hold any more is lost");
+        outside()
+    })?;
+    let own = left.last().filter(|last| last.incarnation == state.incarnation);
+    let position = own.map_or(state.position, |last| last.end);
+    if position > head {
+        return Err(outside());
     }
-    // Killed between the store and the freeing: what lies below the state's position is durable.
-    if state.position > freed {
-        while ring.next_entry()?.is_some_and(|entry| entry.position.0 + 1 < state.position.0) {}
-        ring.free_to(state.position);
+    // Killed between the store, or the log's sync, and the freeing: what lies below is durable.
+    if position > freed {
+        skip_to(ring, position);
+        ring.free_to(position);
     }
-    Ok(state)
+    Ok((state, left))
+}
+
+/// A new ring goes on behind what the log has of older ones.
+fn begin_behind(state: &mut StreamState, logged: &[LoggedBatch]) {
+    let Some(first) = logged.first().filter(|first| first.incarnation < state.incarnation) else { return };
+    if let Some(durable) = logged.iter().find(|batch| (batch.number, batch.chain) == (state.number, state.chain)) {
+        // The last orderly stop knew of more than was forgotten in the log.
+        state.flags = durable.after;
+    } else {
+        (state.number, state.chain) = (BatchNo(first.number.0.saturating_sub(1)), first.previous);
+        state.flags = first.before;
+    }
+}
+
+/// Takes entries until `position` is the next one.
+pub(super) fn skip_to<S: RingSource>(ring: &mut S, position: Position) {
+    if ring.freed() >= position {
+        return;
+    }
+    // One that cannot be read is found again by who takes the next.
+    while let Ok(Some(entry)) = ring.next_entry() {
+        if entry.position.0 + 1 >= position.0 {
+            return;
+        }
+    }
 }
 
 /// A ring of which nothing was sent yet.
@@ -83,15 +128,28 @@ impl<S: RingSource> Streamer<S> {
     pub(super) fn decide(&mut self, now: Now) {
         let Some(welcome) = self.welcome.clone() else { return };
         let tail = welcome.tail;
+        let incarnation = self.stream_incarnation();
         let own = SourceTail {
-            incarnation: self.state.incarnation,
+            incarnation,
             number: self.state.number,
             chain: self.state.chain,
-            unsent: self.is_unsent(tail.as_ref()),
+            unsent: self.is_unsent(incarnation, tail.as_ref()),
         };
         match resume(&own, tail.as_ref()) {
             Resume::Continue => self.go_live(),
             Resume::CatchUp { number, chain } => self.begin_catch_up(now, tail.as_ref(), number, chain),
+            Resume::Append { number, chain, .. } if !self.backlog.is_empty() => {
+                if (number, chain) == (self.state.number, self.state.chain) {
+                    self.go_live();
+                } else {
+                    self.mode = Mode::Comparing;
+                    let reason = format!(
+                        "the target holds batches up to {number}, and those in the disk log follow batch {}",
+                        self.state.number
+                    );
+                    self.events.push_back(StreamEvent::CompareEverything { reason });
+                }
+            }
             Resume::Append { number, chain, proved }
                 if proved || self.state.compared || self.is_in_log(welcome.log) =>
             {
@@ -109,14 +167,21 @@ impl<S: RingSource> Streamer<S> {
                 );
                 self.events.push_back(StreamEvent::CompareEverything { reason });
             }
-            Resume::StartOver { incarnation } => self.start_over(incarnation, diverged(&own, tail.as_ref())),
+            Resume::StartOver { incarnation } => {
+                let above = Incarnation(self.state.incarnation.0 + 1);
+                self.start_over(incarnation.max(above), diverged(&own, tail.as_ref()));
+            }
         }
     }
 
     /// No batch of this incarnation can be at the target. After the first was sent, only its own word for it counts: a tail that
     /// is exactly what our first batch follows, while none of ours was ever acknowledged.
-    fn is_unsent(&self, tail: Option<&Tail>) -> bool {
+    fn is_unsent(&self, incarnation: Incarnation, tail: Option<&Tail>) -> bool {
         let behind = tail.is_some_and(|tail| tail.number == self.state.number && tail.chain == self.state.chain);
+        if incarnation != self.state.incarnation {
+            // An older one, in the log: nobody remembers what of it was sent.
+            return behind;
+        }
         !self.state.sent || (!self.state.acknowledged && behind)
     }
 
@@ -129,6 +194,7 @@ impl<S: RingSource> Streamer<S> {
 
     fn go_live(&mut self) {
         self.mode = Mode::Live;
+        self.settled = true;
         self.last_reason = None;
         self.events.push_back(StreamEvent::Live);
     }
@@ -142,6 +208,7 @@ impl<S: RingSource> Streamer<S> {
                 event_open: welcome.event_open,
                 joined: welcome.joined.iter().copied().collect::<VolumeSet>(),
             };
+            self.sent_to = number;
             self.source.store_state(&self.state);
             self.reset();
         }
@@ -150,8 +217,28 @@ impl<S: RingSource> Streamer<S> {
 
     /// The target holds batches whose acknowledgements were lost: forms them again, only to see that they are the same.
     fn begin_catch_up(&mut self, now: Now, tail: Option<&Tail>, number: BatchNo, chain: ChainHash) {
+        if let Some(logged) = self.backlog.get(number) {
+            if logged.chain == chain && logged.incarnation == self.greeted {
+                self.make_durable(now, number, None);
+                if self.greeted == self.stream_incarnation() {
+                    self.go_live();
+                } else {
+                    self.give_up_link("the target has all of an older incarnation: the next one is greeted for".into());
+                }
+            } else {
+                let reason = format!("the target's batch {number} is not the one in the disk log");
+                self.demand_start_over(self.state.incarnation, reason);
+            }
+            return;
+        }
+        if self.stream_incarnation() != self.state.incarnation {
+            let reason =
+                format!("the target holds batch {number} of an older incarnation, which the disk log does not");
+            self.demand_start_over(self.state.incarnation, reason);
+            return;
+        }
         let end = tail.map_or(self.state.position, |tail| tail.end);
-        if end <= self.state.position || end > self.source.head() {
+        if end <= self.base().position || end > self.source.head() {
             let reason = format!("the target holds batch {number} up to ticket {end}, which the ring does not hold");
             self.demand_start_over(self.state.incarnation, reason);
             return;
@@ -159,7 +246,7 @@ impl<S: RingSource> Streamer<S> {
         self.catch_up = Some(CatchUp { number, chain });
         for slot in self.slots.iter_mut().filter(|slot| slot.number <= number) {
             slot.verify_only = true;
-            if matches!(slot.stage, Stage::Ready(_) | Stage::Sent(_)) {
+            if matches!(slot.stage, Stage::Ready(_)) && slot.logged.is_none() {
                 slot.stage = Stage::Verified;
             }
         }
@@ -170,7 +257,8 @@ impl<S: RingSource> Streamer<S> {
     /// Once the chain hash of the target's last batch is known: is it the target's?
     pub(super) fn check_catch_up(&mut self, now: Now) {
         let Some(CatchUp { number, chain }) = self.catch_up else { return };
-        let Some(own) = self.slot_mut(number).and_then(|slot| slot.chain) else { return };
+        let logged = self.backlog.get(number).map(|batch| batch.chain);
+        let Some(own) = logged.or_else(|| self.slot_mut(number)?.chain) else { return };
         self.catch_up = None;
         if own == chain {
             self.make_durable(now, number, None);
@@ -200,6 +288,8 @@ impl<S: RingSource> Streamer<S> {
     pub(super) fn start_over_now(&mut self, incarnation: Incarnation) {
         assert!(incarnation > self.state.incarnation, "incarnations only rise");
         let tail = self.welcome.as_ref().and_then(|welcome| welcome.tail);
+        self.give_up_log();
+        self.settled = self.welcome.is_some();
         // Without a session the number is settled by the next greeting: everything is compared, so any tail will do.
         let (number, chain) = match (&self.welcome, tail) {
             (Some(_), Some(tail)) => (tail.number, tail.chain),
@@ -219,6 +309,7 @@ impl<S: RingSource> Streamer<S> {
             newest_point: self.state.newest_point,
         };
         self.config.incarnation = incarnation;
+        self.sent_to = number;
         self.source.store_state(&self.state);
         self.mode = Mode::Down;
         self.reset();

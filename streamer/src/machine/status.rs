@@ -8,6 +8,7 @@ use crate::haste::Pressure;
 use crate::seal::Level;
 use crate::source::{Fill, RingSource};
 
+use super::backlog::LogFigures;
 use super::{Mode, Streamer};
 
 /// In which state the stream is.
@@ -68,7 +69,7 @@ pub struct StreamStatus {
     pub rpo: Option<Duration>,
     /// An event is open in what is durable.
     pub event_open: bool,
-    /// Payload that is in the ring and not durable at the target.
+    /// Payload that is in the ring or the disk log and not durable at the target.
     pub lag_bytes: u64,
     /// Batches under way, and their bytes.
     pub window: (usize, u64),
@@ -78,6 +79,8 @@ pub struct StreamStatus {
     pub ring: Fill,
     /// Every claim fails: the ring ran full.
     pub ring_closed: bool,
+    /// The disk log.
+    pub log: LogFigures,
     /// Bytes that guests wrote and that became durable, before coalescing.
     pub written_bytes: u64,
     /// Payload that was sent and became durable, sync's included.
@@ -116,11 +119,12 @@ impl<S: RingSource> Streamer<S> {
             newest_point: self.state.newest_point,
             rpo: age,
             event_open,
-            lag_bytes: under_way + self.drain.waiting_bytes(),
+            lag_bytes: under_way + self.drain.waiting_bytes() + self.backlog.payload_bytes(),
             window: (self.slots.len(), self.window_used()),
             window_limit: self.window_limit(),
             ring: fill,
             ring_closed: self.source.is_closed(),
+            log: self.backlog.figures(),
             written_bytes: sums.written_bytes,
             shipped_bytes: sums.shipped_bytes,
             sealed_bytes: sums.sealed_bytes,

@@ -3,6 +3,7 @@
 use farshore_proto::{BatchNo, ChainHash, Name, Position, WallTime};
 
 use crate::coalesce::RecordSet;
+use crate::disk_log::LoggedBatch;
 use crate::drain::RawBatch;
 use crate::seal::SealedBatch;
 use crate::source::{RingSource, StreamFlags};
@@ -30,6 +31,8 @@ pub(super) struct Slot<P> {
     pub(super) chain: Option<ChainHash>,
     /// The target has it already; only its chain hash is wanted.
     pub(super) verify_only: bool,
+    /// Was given to the disk log; with what stands there of it.
+    pub(super) logged: Option<Box<LoggedBatch>>,
     pub(super) stage: Stage<P>,
 }
 
@@ -41,10 +44,8 @@ pub(super) enum Stage<P> {
     Listed(Box<RawBatch<P>>, RecordSet),
     /// A worker makes the bytes.
     Sealing,
-    /// To be sent.
+    /// To be sent, or sent.
     Ready(SealedBatch),
-    /// Sent in this session.
-    Sent(SealedBatch),
     /// Its chain hash is known, bytes are not wanted.
     Verified,
 }
@@ -54,21 +55,23 @@ impl<P> Slot<P> {
         matches!(self.stage, Stage::Ready(_))
     }
 
-    pub(super) fn is_sent(&self) -> bool {
-        matches!(self.stage, Stage::Sent(_))
+    /// Its bytes, once they are made.
+    pub(super) fn sealed(&self) -> Option<&SealedBatch> {
+        match &self.stage {
+            Stage::Ready(batch) => Some(batch),
+            Stage::Listing | Stage::Listed(..) | Stage::Sealing | Stage::Verified => None,
+        }
     }
 
-    /// Must be sent again.
-    pub(super) fn unsend(&mut self) {
-        if let Stage::Sent(batch) = &self.stage {
-            self.stage = Stage::Ready(batch.clone());
-        }
+    /// The log does not have it after all.
+    pub(super) fn take_from_log(&mut self) {
+        self.logged = None;
     }
 
     /// Is of no use in another session.
     pub(super) fn needs_its_session(&self) -> bool {
         match &self.stage {
-            Stage::Ready(batch) | Stage::Sent(batch) => batch.has_references,
+            Stage::Ready(batch) => batch.has_references,
             Stage::Verified => true,
             Stage::Listing | Stage::Listed(..) | Stage::Sealing => false,
         }
@@ -76,7 +79,7 @@ impl<P> Slot<P> {
 
     fn window_bytes(&self) -> u64 {
         match &self.stage {
-            Stage::Ready(batch) | Stage::Sent(batch) => batch.len,
+            Stage::Ready(batch) => batch.len,
             Stage::Listing | Stage::Listed(..) | Stage::Sealing => self.payload_bytes,
             Stage::Verified => 0,
         }
@@ -85,7 +88,7 @@ impl<P> Slot<P> {
 
 impl<S: RingSource> Streamer<S> {
     pub(super) fn next_number(&self) -> BatchNo {
-        self.slots.back().map_or(self.state.number, |slot| slot.number).next()
+        self.slots.back().map_or(self.base().number, |slot| slot.number).next()
     }
 
     pub(super) fn slot_mut(&mut self, number: BatchNo) -> Option<&mut Slot<S::Payload>> {

@@ -102,13 +102,23 @@ pub struct MemoryRing {
     pub incarnation: u64,
     pub state: Option<StreamState>,
     pub closed: bool,
+    pub size_entries: u64,
     /// The process dies before the store number that this counts down to (counted over stores and frees).
     pub dies_in: Option<u32>,
 }
 
 impl MemoryRing {
     pub fn new(incarnation: u64) -> Self {
-        Self { entries: VecDeque::new(), freed: 0, next: 0, incarnation, state: None, closed: false, dies_in: None }
+        Self {
+            entries: VecDeque::new(),
+            freed: 0,
+            next: 0,
+            incarnation,
+            state: None,
+            closed: false,
+            size_entries: 65536,
+            dies_in: None,
+        }
     }
 
     pub fn publish(&mut self, said: Said) -> u64 {
@@ -189,7 +199,12 @@ impl RingSource for MemoryRing {
     fn fill(&self) -> Fill {
         let used_bytes =
             self.entries.iter().filter_map(|said| said.payload.as_ref()).map(|cell| cell.len() as u64).sum();
-        Fill { used_bytes, size_bytes: 256 << 20, used_entries: self.entries.len() as u64, size_entries: 65536 }
+        Fill {
+            used_bytes,
+            size_bytes: 256 << 20,
+            used_entries: self.entries.len() as u64,
+            size_entries: self.size_entries,
+        }
     }
 }
 

@@ -58,6 +58,12 @@ impl Capture for Cuts {
     fn compare_everything(&mut self, reason: &str) -> bool {
         panic!("nothing is unknown: {reason}");
     }
+    fn log_begins(&mut self, _: u64) -> bool {
+        panic!("there is no disk log");
+    }
+    fn log_ends(&mut self) -> bool {
+        panic!("there is no disk log");
+    }
     fn event(&mut self, event: StreamEvent) {
         self.seen.lock().expect("not poisoned").push(event);
     }
@@ -156,7 +162,7 @@ impl Source {
         let capture = move |_: StreamWaker| -> Box<dyn Capture> {
             Box::new(Cuts { producer: ring.producer(), behind: ring.head(), ring, seen })
         };
-        StreamerHandle::start(config, link, identity, &self.ring, capture).expect("starts")
+        StreamerHandle::start(config, link, identity, &self.ring, None, capture).expect("starts")
     }
 
     fn publish(&mut self, said: &Said, waker: &StreamWaker) {

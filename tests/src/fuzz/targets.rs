@@ -15,6 +15,7 @@ use farshore_proto::{
     BatchNo, ChainHash, ChunkId, Generation, GroupId, HostId, Incarnation, KeyEpoch, Name, Position, VaultId,
     VolumeIndex, WallTime, text,
 };
+use farshore_streamer::{DiskLog, Line};
 use farshore_uring::sim::{SimFile, SimRng, SimStorage};
 use farshore_uring::{OpenMode, Storage, StorageFile};
 use zerocopy::FromBytes;
@@ -30,6 +31,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "target_message", run: target_message, seeds: target_message_seeds },
     Target { name: "text", run: text, seeds: text_seeds },
     Target { name: "activity_log", run: activity_log, seeds: activity_log_seeds },
+    Target { name: "disk_log", run: disk_log, seeds: disk_log_seeds },
 ];
 
 /// Bytes of a target message between its prefix and its body: counter and MAC.
@@ -327,6 +329,48 @@ fn activity_log_seeds() -> Vec<Vec<u8>> {
     let golden = include_bytes!("../../../blkfilter/tests/golden/activity-log.bin");
     let numbers = [0, 6, 257].into_iter().zip(golden.chunks(LOG_BLOCK));
     vec![begun, numbers.flat_map(|(number, block)| chunk(number, block)).collect()]
+}
+
+/// Blocks of the disk log that are tried: of a log of two segments, most of the first.
+const DISK_BLOCKS: u16 = 64;
+const DISK_BYTES: u64 = (2 << 20) + 4096;
+const DISK_OWNER: HostId = HostId([3; 16]);
+const DISK_LINE: Line = Line { group: GroupId([1; 16]), number: 7 };
+
+fn disk_log_file() -> std::sync::Arc<SimFile> {
+    let storage = SimStorage::new(SimRng::new(1));
+    let file = storage.open(std::path::Path::new("log"), OpenMode::CreateNew).expect("no faults");
+    file.set_len(DISK_BYTES).expect("no faults");
+    file
+}
+
+/// A disk log as it is found at a start: what a line is said to hold follows each other, whatever stands in the file, and is found again.
+pub fn disk_log(bytes: &[u8]) {
+    let file = disk_log_file();
+    for chunk in bytes.chunks(LOG_CHUNK) {
+        let Some((number, content)) = chunk.split_first_chunk::<2>() else { continue };
+        let mut block = [0; LOG_BLOCK];
+        block[..content.len()].copy_from_slice(content);
+        let sum = blake3::hash(&block[..496]);
+        block[496..512].copy_from_slice(&sum.as_bytes()[..16]);
+        let at = u64::from(u16::from_le_bytes(*number) % DISK_BLOCKS) * LOG_BLOCK as u64;
+        file.write_at(&block, at).expect("no faults");
+    }
+    let kept = std::collections::BTreeSet::from([DISK_LINE]);
+    let open = || DiskLog::open(std::sync::Arc::clone(&file), DISK_OWNER, DISK_BYTES, [9; 16], &kept);
+    let Ok(log) = open() else { return };
+    let Ok((_, batches)) = log.take_up(DISK_LINE) else { return };
+    assert!(
+        batches.windows(2).all(|pair| pair[1].number == pair[0].number.next() && pair[1].previous == pair[0].chain)
+    );
+    let (_, again) = open().expect("our own log").take_up(DISK_LINE).expect("read a moment ago");
+    assert_eq!(again, batches);
+}
+
+fn disk_log_seeds() -> Vec<Vec<u8>> {
+    let golden = include_bytes!("../../../streamer/tests/golden/disk-log.bin");
+    let chunk = |(number, block): (u16, &[u8])| [&number.to_le_bytes()[..], block].concat();
+    vec![(0..).zip(golden.chunks(LOG_BLOCK)).flat_map(chunk).collect()]
 }
 
 #[cfg(test)]
