@@ -7,6 +7,7 @@ mod fio;
 mod guest;
 mod ingest;
 mod mirror;
+mod outage;
 mod peers;
 mod replicate;
 mod tee;
@@ -162,6 +163,11 @@ const FIGURES: &[Figure] = &[
     ("ublk", "ublk against rublk and the bare disk; needs --disk, --rublk", blocks::ublk),
     ("drbd", "protected and shipping over ublk against DRBD; needs --disk", blocks::drbd),
     ("latency", "what protection adds to ublk at depth 1; needs --disk", blocks::latency),
+    (
+        "outage",
+        "the target is away for longer than the ring lasts: the disk log, and how fast it is caught up",
+        outage::outage,
+    ),
     ("activity", "what the activity log costs writes to cold extents, and to active ones", activity::activity),
     ("view", "opening a view of 20 GiB of 4 KiB records; the target's memory", views::view_open),
 ];
