@@ -25,6 +25,12 @@ const PARTITION_BYTES: u64 = 64 * MIB;
 /// The machine emulates its processor: syncs and shipping take their time.
 pub(crate) const LIMIT_SECONDS: u64 = 240;
 
+/// What a failed test shows of the log of each daemon.
+const LOG_LINES: usize = 60;
+/// What a failed test shows of the machine: its processes but the kernel's own, what they wait for, and what there is of mounts and memory.
+const PROCESSES: &str = "ps --ppid 2 -p 2 --deselect -o pid,ppid,stat,etime,time,rss,wchan:24,args | cut -c1-160; \
+                         echo mounts: $(wc -l </proc/self/mountinfo); df /tmp /dev/shm; free -m";
+
 /// How long a write to a slow disk takes, in milliseconds: long beside the restart of an agent's first steps.
 const SLOW_MS: u32 = 700;
 /// Name of the device that makes a disk slow.
@@ -253,8 +259,14 @@ impl Rig {
             Ok(()) => self.finish(),
             Err(error) => {
                 let logs: Vec<_> = self.past.iter().cloned().chain(self.sites.logs()).collect();
-                let tail = logs[logs.len().saturating_sub(80)..].join("\n");
-                Err(error.context(format!("logs of the daemons:\n{tail}\n\nwhat failed")))
+                let (agent, target): (Vec<_>, Vec<_>) = logs.into_iter().partition(|line| line.starts_with("agent: "));
+                // Each has its own end: one that says much must not hide the other.
+                let tail = |lines: &[String]| lines[lines.len().saturating_sub(LOG_LINES)..].join("\n");
+                let processes = run(PROCESSES).unwrap_or_else(|error| format!("{error:#}"));
+                let (agent, target) = (tail(&agent), tail(&target));
+                Err(error.context(format!(
+                    "logs of the daemons:\n{agent}\n{target}\n\nprocesses:\n{processes}\nwhat failed"
+                )))
             }
         }
     }

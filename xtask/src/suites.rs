@@ -418,7 +418,9 @@ fn in_the_machine(session: &mut Session, filter: &str, limit: Duration) -> Resul
     let mut job = vm::Job::new(run);
     job.programs = vec![build_binary(session)?, tests.clone()];
     job.limit = limit;
-    job.environment.extend(std::env::var("FARSHORE_KILLS").ok().map(|kills| ("FARSHORE_KILLS".to_owned(), kills)));
+    for name in ["FARSHORE_KILLS", "FARSHORE_CUTS"] {
+        job.environment.extend(std::env::var(name).ok().map(|times| (name.to_owned(), times)));
+    }
     let mut counter = Counter::default();
     let ended = vm::run(session.workspace, &job, |line| counter.line(line))?;
     session.tally.add(&counter.tally);

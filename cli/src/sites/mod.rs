@@ -227,7 +227,9 @@ impl Sites {
             if answers {
                 return Ok(());
             }
-            ensure!(begin.elapsed() < START_LIMIT, "{role} does not answer on its socket");
+            let process = if role == "agent" { &self.agent } else { &self.target };
+            let tail = || process.as_ref().map(Process::tail).unwrap_or_default();
+            ensure!(begin.elapsed() < START_LIMIT, "{role} does not answer on its socket:\n{}", tail());
             pause(Duration::from_millis(20));
         }
     }

@@ -13,12 +13,20 @@ pub(crate) struct OtherBoot;
 
 impl OtherBoot {
     const FILE: &'static str = "/proc/sys/kernel/random/boot_id";
+    const STANDS_IN: &'static str = "/dev/shm/boot_id";
 
-    pub(crate) fn begin(id: u8) -> Result<Self> {
+    pub(crate) fn begin(id: u32) -> Result<Self> {
+        let boot = Self;
+        boot.again(id)?;
+        // Private: a mount on one that is shared appears on all its peers, so that each more of them would double their number.
+        run(&format!("mount --bind {} {1} && mount --make-private {1}", Self::STANDS_IN, Self::FILE))?;
+        Ok(boot)
+    }
+
+    /// One more start of the host. No agent may run.
+    pub(crate) fn again(&self, id: u32) -> Result<()> {
         let text = format!("{id:08x}-0000-0000-0000-000000000000\n");
-        std::fs::write("/dev/shm/boot_id", text).context("write a boot id")?;
-        run(&format!("mount --bind /dev/shm/boot_id {}", Self::FILE))?;
-        Ok(Self)
+        std::fs::write(Self::STANDS_IN, text).context("write a boot id")
     }
 }
 
