@@ -22,7 +22,7 @@ use farshore_proto::{Name, Role};
 use serde_json::{Value, json};
 
 use crate::client::Daemon;
-pub use relay::UdpRelay;
+pub use relay::{UdpRelay, Weather};
 
 /// How long a daemon may take until its admin socket answers: a target replays its journal first.
 const START_LIMIT: Duration = Duration::from_secs(60);
