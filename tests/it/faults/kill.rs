@@ -8,7 +8,7 @@ use crate::support::{Guest, MIB, Rig, device};
 const ROUNDS: usize = 5;
 
 /// The source, the newest point, and what the guest believes are one.
-fn check_all(rig: &Rig, guest: &mut Guest, image: &std::path::Path) -> Result<()> {
+pub(super) fn check_all(rig: &Rig, guest: &mut Guest, image: &std::path::Path) -> Result<()> {
     guest.flush()?;
     guest.verify()?;
     rig.wait()?;

@@ -4,5 +4,7 @@ mod config;
 mod damage;
 mod identity;
 mod kill;
+mod link;
+mod loops;
 mod source;
 mod target;

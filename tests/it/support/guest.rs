@@ -1,6 +1,7 @@
 //! A guest: pipelined writes, zeroes and trims over NBD, and a model of what the volume holds for it.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -46,6 +47,29 @@ impl Op {
     }
 }
 
+/// The server is gone, as after a kill.
+#[derive(Debug)]
+struct Gone;
+
+impl std::fmt::Display for Gone {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the connection broke")
+    }
+}
+
+/// Whether that is what an error of a connection says.
+fn is_gone(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), UnexpectedEof | ConnectionReset | BrokenPipe)
+}
+
+/// An error of the connection, in words.
+fn said(error: io::Error, what: &'static str) -> anyhow::Error {
+    let gone = is_gone(&error);
+    let error = anyhow::Error::new(error).context(what);
+    if gone { error.context(Gone) } else { error }
+}
+
 /// A client of one protected volume.
 pub(crate) struct Guest {
     client: Option<Client>,
@@ -79,6 +103,25 @@ impl Guest {
         Ok(())
     }
 
+    /// Requests at random places until the server is gone; gives how many were answered. Whatever else goes wrong is an error.
+    pub(crate) fn work_until_gone(&mut self) -> Result<u64> {
+        let mut answered = 0;
+        loop {
+            let is_full = self.in_flight.len() == DEPTH;
+            let step = if is_full {
+                self.receive()
+            } else {
+                let op = self.choose();
+                self.submit(op)
+            };
+            match step {
+                Ok(()) => answered += u64::from(is_full),
+                Err(error) if error.is::<Gone>() => return Ok(answered),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
     /// `count` more requests, done when this returns.
     pub(crate) fn work(&mut self, count: usize) -> Result<()> {
         self.begin(count)?;
@@ -107,12 +150,18 @@ impl Guest {
         self.client()?.flush().context("flush")
     }
 
-    /// Connects again after the agent died and repeats what was in flight: whether it happened is not known, and only
-    /// repeating makes the content certain, as any guest would.
+    /// Connects again after the agent died, looks whether all is there that was acknowledged, and repeats what was in flight: whether
+    /// that happened is not known, and only repeating makes the content certain, as any guest would.
     pub(crate) fn reconnect(&mut self) -> Result<()> {
         self.client = None;
         let socket = self.socket.clone();
         self.client = Some(until("the volume is served again", || Ok(device::connect(&socket).ok()))?);
+        let mut found = device::read_all(&socket)?;
+        for op in self.in_flight.values() {
+            let range = usize::try_from(op.offset)?..usize::try_from(op.end())?;
+            found[range.clone()].copy_from_slice(&self.model[range]);
+        }
+        device::same("what was acknowledged", &found, &self.model)?;
         let open = std::mem::take(&mut self.in_flight);
         for op in open.into_values() {
             self.send(op)?;
@@ -177,14 +226,14 @@ impl Guest {
             Err(error) => {
                 // Not sent, or not wholly: repeated with the rest after a reconnect.
                 self.in_flight.insert(u64::MAX - self.in_flight.len() as u64, op);
-                return Err(error).context("send a request");
+                return Err(said(error, "send a request"));
             }
         };
         Ok(())
     }
 
     fn receive(&mut self) -> Result<()> {
-        let reply = self.client()?.receive().context("wait for a request")?;
+        let reply = self.client()?.receive().map_err(|error| said(error, "wait for a request"))?;
         reply.result.context("a request failed: protection must never fail the guest")?;
         ensure!(self.in_flight.remove(&reply.cookie).is_some(), "an answer to a request that was not made");
         Ok(())
