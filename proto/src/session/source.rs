@@ -11,6 +11,10 @@ use crate::{BatchNo, ChainHash, Error, Generation, GroupId, Incarnation, Name, N
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often the round trip is measured.
 const PING_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a live target may leave that question unanswered. The connection may stand all the while (other threads of the target keep
+/// it), so this ends the case in which the thread of this stream does not come back, from a disk for instance: a person hears of
+/// it. As long as for the greeting, which the same thread answers.
+const PONG_TIMEOUT: Duration = WELCOME_TIMEOUT;
 
 /// Who the source is.
 #[derive(Clone)]
@@ -204,6 +208,12 @@ impl SourceSession {
                 self.deadline = None;
                 self.events.push_back(SourceEvent::Broken { reason: "the target did not answer the greeting".into() });
             }
+            State::Live if self.ping_sent.is_some_and(|(_, sent)| now.since(sent) >= PONG_TIMEOUT) => {
+                self.deadline = None;
+                self.events.push_back(SourceEvent::Broken {
+                    reason: format!("the target has not answered for {PONG_TIMEOUT:?}"),
+                });
+            }
             State::Live => {
                 self.deadline = Some(now.plus(PING_INTERVAL));
                 if self.ping_sent.is_none() {
@@ -296,5 +306,76 @@ fn name_of(message: &TargetMessage) -> &'static str {
         TargetMessage::Paused { .. } => "paused",
         TargetMessage::Resumed => "resumed",
         TargetMessage::Pong(_) => "pong",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::VaultKey;
+    use crate::session::TargetSession;
+    use crate::{HostId, KeyEpoch};
+
+    const VAULT: VaultId = VaultId([1; 16]);
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn name(text: &str) -> Name {
+        Name::new(text).expect("a name")
+    }
+
+    /// A session that has just been welcomed, at time 0, and its other end.
+    fn live() -> (SourceSession, TargetSession) {
+        let host_key = HostKey::derive(&VaultKey::new([7; 32]), HostId::derive(VAULT, &name("h")), KeyEpoch(1));
+        let answer_key = host_key.answer_key();
+        let mut source = SourceSession::new(SourceConfig { vault: VAULT, group: name("g"), host: name("h"), host_key });
+        source.handle_up(Now(0), [3; 32], Generation(1), Incarnation(1), Vec::new()).expect("a short list");
+        let mut target = TargetSession::new(VAULT);
+        let hello = source.poll_control().expect("the greeting");
+        target.handle_control(&hello, |_, _| Some(answer_key)).expect("a greeting");
+        target.welcome(Welcome {
+            generation: Generation(1),
+            tail: None,
+            empty: Vec::new(),
+            joined: Vec::new(),
+            event_open: false,
+            log: None,
+        });
+        let welcome = target.poll_control().expect("the welcome");
+        source.handle_control(Now(0), &welcome).expect("it is ours");
+        assert!(matches!(source.poll_event(), Some(SourceEvent::Live(_))));
+        (source, target)
+    }
+
+    /// Brings `now` on to the session's next deadline, with or without the target's answers.
+    fn turn(source: &mut SourceSession, target: Option<&mut TargetSession>) -> Now {
+        let now = source.poll_deadline().expect("a live session looks every second");
+        source.handle_timeout(now);
+        if let (Some(ping), Some(target)) = (source.poll_control(), target) {
+            target.handle_control(&ping, |_, _| None).expect("a ping");
+            let pong = target.poll_control().expect("the pong");
+            source.handle_control(now.plus(SECOND / 2), &pong).expect("it is ours");
+        }
+        now
+    }
+
+    /// Goal: a target that answers is kept for good; one that does not answer any more is given up after `PONG_TIMEOUT`, with the
+    /// reason, though its connection stands.
+    #[test]
+    fn a_live_target_that_does_not_answer_is_given_up() {
+        let (mut source, mut target) = live();
+        for _ in 0..100 {
+            turn(&mut source, Some(&mut target));
+            assert_eq!(source.poll_event(), None);
+        }
+        assert_eq!(source.rtt(), Some(SECOND / 2));
+        let asked = turn(&mut source, None);
+        let mut now = asked;
+        while source.poll_deadline().is_some() {
+            assert_eq!(source.poll_event(), None, "{:?} after the question", now.since(asked));
+            now = turn(&mut source, None);
+        }
+        assert_eq!(now.since(asked), PONG_TIMEOUT);
+        let SourceEvent::Broken { reason } = source.poll_event().expect("given up") else { panic!("not given up") };
+        assert!(reason.contains("30s"), "{reason}");
     }
 }
