@@ -295,12 +295,14 @@ impl<S: Storage> Shared<S> {
 
 struct Front<S: Storage> {
     shared: Arc<Shared<S>>,
+    /// Sessions without a greeting, and until when. Bounded by the link's sessions.
+    fresh: BTreeMap<SessionId, Now>,
     lanes: BTreeMap<StreamKey, (Sender<()>, JoinHandle<()>)>,
 }
 
 impl<S: Storage> Front<S> {
     fn new(shared: Arc<Shared<S>>) -> Self {
-        Self { shared, lanes: BTreeMap::new() }
+        Self { shared, fresh: BTreeMap::new(), lanes: BTreeMap::new() }
     }
 
     fn run(mut self, inbox: &Receiver<TargetEvent>) {
@@ -313,6 +315,7 @@ impl<S: Storage> Front<S> {
             while let Some(output) = self.shared.target.poll_own_output() {
                 self.shared.carry_out(output);
             }
+            self.end_silent();
             self.shared.close_due();
         }
         for (_, (wake, thread)) in std::mem::take(&mut self.lanes) {
@@ -329,12 +332,17 @@ impl<S: Storage> Front<S> {
             TargetEvent::Up { session, peer, address } => {
                 tracing::info!(session, peer = peer.to_string(), %address, "a source is here");
                 target.handle_up(session, Peer { role: peer.role, name: peer.name });
+                self.fresh.insert(session, self.shared.clock.now().plus(GREETING_MAX));
                 None
             }
-            TargetEvent::Control { session, bytes } => target.handle_control(session, bytes),
+            TargetEvent::Control { session, bytes } => {
+                self.fresh.remove(&session);
+                target.handle_control(session, bytes)
+            }
             TargetEvent::Batch { session, bytes, .. } => target.handle_batch(session, Box::new(LinkBatch::new(bytes))),
             TargetEvent::Down { session, reason } => {
                 tracing::info!(session, reason, "a source is gone");
+                self.fresh.remove(&session);
                 target.handle_down(session)
             }
             TargetEvent::Refused { address, reason } => {
@@ -344,6 +352,17 @@ impl<S: Storage> Front<S> {
         };
         if let Some(key) = key {
             self.wake(key);
+        }
+    }
+
+    /// Ends sessions that nobody greets in.
+    fn end_silent(&mut self) {
+        let now = self.shared.clock.now();
+        let late: Vec<SessionId> = self.fresh.iter().filter(|(_, until)| **until <= now).map(|(id, _)| *id).collect();
+        for session in late {
+            self.fresh.remove(&session);
+            tracing::warn!(session, "a source does not greet");
+            self.shared.link.close(session, "no greeting");
         }
     }
 
