@@ -2,7 +2,7 @@
 
 use std::io;
 
-use farshore_uring::{AlignedBuf, Allocate, FileSlot, Op};
+use farshore_uring::{AlignedBuf, Allocate, FileSlot, Op, Trouble};
 
 use crate::Buf;
 
@@ -66,7 +66,7 @@ impl Zeroing {
         buf: Option<Buf>,
         best: &mut Method,
     ) -> Step {
-        let unsupported = |error: &io::Error| matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS));
+        let unsupported = |error: &io::Error| Trouble::of(error) == Trouble::Unsupported;
         match result {
             Err(error) if self.method != Method::Write && unsupported(&error) && self.at < self.end => {
                 self.method = if self.method == Method::Punch { Method::ZeroRange } else { Method::Write };

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use farshore_uring::{
     BlockDevice, BlockQueue, CommandCompletion, Completion, Done, Errno, FileSlot, Geometry, Io, Op, Purpose, Reactor,
-    Request, Token, Wait, Waker,
+    Request, Token, Wait, Waker, guest_errno,
 };
 use nix::sys::uio::{pread, pwrite};
 use zerocopy::IntoBytes;
@@ -350,7 +350,7 @@ impl<D: BlockDevice> Queue<D> {
     /// A copy through the ring ended.
     fn handle_copied(&mut self, completion: Completion<D::Buf>) {
         let tag = tag_of(completion.token);
-        let result = completion.result.map(|_| ()).map_err(|error| errno(&error));
+        let result = completion.result.map(|_| ()).map_err(|error| guest_errno(&error));
         if completion.token.value() & COPY == COPY_IN {
             self.slots[usize::from(tag)].buf = completion.buf;
             self.copied_in(tag, result);
@@ -473,8 +473,4 @@ fn as_size(bytes: u32) -> usize {
 
 fn tag_of(token: Token) -> u16 {
     u16::try_from(token.value() & 0xffff).expect("masked")
-}
-
-fn errno(error: &io::Error) -> Errno {
-    Errno(error.raw_os_error().unwrap_or(libc::EIO))
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::backing::{seek_data, seek_hole};
 use crate::{
     AlignedBuf, Allocate, Backing, BackingOptions, BlockDevice, BlockQueue, BufPool, Completion, Done, Errno, Extent,
-    FileSlot, Geometry, Io, Op, Purpose, Request, Token, open_backing,
+    FileSlot, Geometry, Io, Op, Purpose, Request, Token, Trouble, guest_errno, open_backing,
 };
 
 /// Serves a [`Backing`] as it is. Buffers come from a pool per queue; in the steady state nothing is allocated.
@@ -83,7 +83,7 @@ impl BlockDevice for FileDevice {
                 Ok(start) => start.map_or(end, |start| start / block * block).clamp(at, end),
                 // A file system that cannot tell: all of it is data.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => at,
-                Err(error) => return Err(errno(&error)),
+                Err(error) => return Err(guest_errno(&error)),
             };
             if start > at {
                 found.push(Extent { len: start - at, hole: true, zero: true });
@@ -93,7 +93,7 @@ impl BlockDevice for FileDevice {
             let stop = match seek_hole(file, at) {
                 Ok(stop) => stop.map_or(end, |stop| stop.next_multiple_of(block)).min(end),
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => end,
-                Err(error) => return Err(errno(&error)),
+                Err(error) => return Err(guest_errno(&error)),
             };
             // The file may have changed between the two calls; a step is at least one block.
             let stop = stop.max((at + block).min(end));
@@ -180,7 +180,7 @@ impl BlockQueue for FileQueue {
         if value & KIND == ZERO {
             return self.zeroed(io, low, result, buf);
         }
-        let result = result.map(|_| ()).map_err(|error| errno(&error));
+        let result = result.map(|_| ()).map_err(|error| guest_errno(&error));
         // A write's buffer goes back to the pool.
         let buf = if value & KIND == READ { buf } else { None };
         self.done.push_back(Done { tag: low, result, buf });
@@ -251,7 +251,7 @@ impl FileQueue {
                 self.zeroing[index as usize].as_mut().expect("under way").method = method;
                 return self.zero_step(io, index, None);
             }
-            Err(error) => Err(errno(&error)),
+            Err(error) => Err(guest_errno(&error)),
             Ok(bytes) if zeroing.method == Method::Write => {
                 zeroing.at += u64::from(bytes);
                 if zeroing.at < zeroing.end {
@@ -274,10 +274,5 @@ impl FileQueue {
 }
 
 fn is_unsupported(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS))
-}
-
-/// The guest's number for an error of ours; what has none is `EIO`.
-fn errno(error: &io::Error) -> Errno {
-    Errno(error.raw_os_error().unwrap_or(libc::EIO))
+    Trouble::of(error) == Trouble::Unsupported
 }

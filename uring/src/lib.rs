@@ -14,6 +14,7 @@ mod priority;
 mod reactor;
 pub mod sim;
 mod storage;
+mod trouble;
 mod waker;
 
 pub use backing::{Backing, BackingId, BackingOptions, Direct, open_backing};
@@ -28,4 +29,5 @@ pub use null_device::{NullDevice, NullQueue};
 pub use priority::{Haste, StandsBack, work_in_background};
 pub use reactor::{Reactor, Wait};
 pub use storage::{Device, OpenMode, Storage, StorageFile, replace_file, replace_files};
+pub use trouble::{TROUBLES, Trouble, guest_errno};
 pub use waker::Waker;
