@@ -161,6 +161,14 @@ impl Shared {
                     &self.volume_subject(volume),
                     format!("the device failed a write of {len} bytes at {offset} (errno {errno}); the guest was told"),
                 ),
+                Alarm::FlushFailed { volume, errno } => self.alarms.raise(
+                    code::WRITE_FAILED,
+                    &self.volume_subject(volume),
+                    format!(
+                        "the device failed a flush (errno {errno}); the guest was told. What was written before it may be lost on the \
+                         device, and the points have it"
+                    ),
+                ),
                 Alarm::Unreadable { volume, offset, len } => self.alarms.raise(
                     code::UNREADABLE,
                     &self.volume_subject(volume),

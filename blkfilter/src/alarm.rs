@@ -25,6 +25,14 @@ pub enum Alarm {
         /// Error number of the device.
         errno: i32,
     },
+    /// The backing device failed a flush; the guest got the error. What was written since the last one that ended well may be lost
+    /// there, while the points have it. Never cleared by the filter.
+    FlushFailed {
+        /// Which volume.
+        volume: VolumeIndex,
+        /// Error number that the guest got.
+        errno: i32,
+    },
     /// Sync cannot read a range of the backing device; the points lack it. Never cleared by the filter.
     Unreadable {
         /// Which volume.

@@ -9,13 +9,14 @@ use farshore_proto::record::Kind;
 use farshore_ring::{Desc, Producer, Reservation};
 use farshore_uring::{
     BlockQueue, BufPool, Completion, Done, Errno, FileSlot, Geometry, Io, Op, Purpose, Request, Token, Waker,
+    guest_errno,
 };
 
 use crate::activity::VolumeActivity;
 use crate::alarm::Alarm;
 use crate::counters::{QueueCounters, add};
 use crate::range_lock::Owner;
-use crate::volume::{Mode, POOL, errno, other};
+use crate::volume::{Mode, POOL, other};
 use crate::zeroing::{Method, Step, Zeroing};
 use crate::{Buf, CaptureGroup, Volume};
 
@@ -269,7 +270,7 @@ impl FilterQueue {
             },
             Stage::Waiting(_) | Stage::Moving => unreachable!("only what was submitted ends"),
         };
-        let result = result.map_err(|error| errno(&error));
+        let result = result.map_err(|error| guest_errno(&error));
         // It stays in its place until ticket or mark is there: what a panic leaves there is marked when the queue is dropped.
         let change = self.ops[usize::from(op)].as_ref().expect("in flight");
         if let Some(capture) = &mut self.capture {
@@ -298,6 +299,25 @@ impl FilterQueue {
         self.free.push(op);
         self.end(change.tag, result, None);
         self.go_on(io);
+    }
+
+    /// A guest's flush has ended; what the guest is to hear.
+    fn flushed(&mut self, tag: u32, mut result: Result<(), Errno>) -> Result<(), Errno> {
+        let Some(capture) = &mut self.capture else { return result };
+        if let Some(activity) = &mut capture.activity
+            && let Some(at) = activity.flushes.iter().position(|(of, _)| *of == tag)
+        {
+            let (_, number) = activity.flushes.swap_remove(at);
+            match result {
+                Ok(()) => activity.volume.end_flush(number),
+                Err(_) => activity.volume.fail_flush(),
+            }
+            result = activity.volume.answer_flush(result);
+        }
+        if let Err(Errno(errno)) = result {
+            capture.group.raise(Alarm::FlushFailed { volume: capture.volume.index, errno });
+        }
+        result
     }
 
     /// Starts what the last end has made possible.
@@ -432,18 +452,12 @@ impl BlockQueue for FilterQueue {
             return self.changed(io, op, result, buf);
         }
         let kind = value & KIND;
-        if kind == FLUSH
-            && let Some(Capture { activity: Some(activity), .. }) = &mut self.capture
-            && let Some(at) = activity.flushes.iter().position(|(tag, _)| *tag == low)
-        {
-            let (_, number) = activity.flushes.swap_remove(at);
-            match result {
-                Ok(_) => activity.volume.end_flush(number),
-                Err(_) => activity.volume.fail_flush(),
-            }
+        let bytes = result.as_ref().map_or(0, |bytes| u64::from(*bytes));
+        let mut result = result.map(|_| ()).map_err(|error| guest_errno(&error));
+        if kind == FLUSH {
+            result = self.flushed(low, result);
         }
-        self.count(kind, result.as_ref().map_or(0, |bytes| u64::from(*bytes)), result.is_err());
-        let result = result.map(|_| ()).map_err(|error| errno(&error));
+        self.count(kind, bytes, result.is_err());
         self.end(low, result, if kind == READ { buf } else { None });
     }
 

@@ -30,12 +30,12 @@ mod marks;
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use farshore_proto::{GroupId, LogMark, SLOT_BYTES, VolumeIndex};
 use farshore_ring::{Bitmap, Ring};
-use farshore_uring::Waker;
+use farshore_uring::{Errno, Waker, guest_errno};
 
 pub use format::is_log;
 pub use keeper::{FlushJob, Found, Keeper, KeeperConfig, Loaded, Turn};
@@ -312,6 +312,8 @@ pub(crate) struct VolumeActivity {
     flushes_begun: AtomicU64,
     /// A flush of this number, or a later one, has ended well.
     flushes_ended: AtomicU64,
+    /// Error number of a flush of ours that failed: a device says so once, and its guest has not heard of it. 0: none.
+    owed: AtomicI32,
     queues: Mutex<BTreeMap<u64, Waker>>,
     queue_count: AtomicU64,
     /// See [`Self::settle`].
@@ -358,6 +360,7 @@ impl GroupActivity {
             // Flushes of the one before say nothing here; its extents' stamps are at most as high.
             flushes_begun: AtomicU64::new(before.map_or(0, |before| before.flushes_begun.load(Ordering::Acquire)) + 1),
             flushes_ended: AtomicU64::new(0),
+            owed: AtomicI32::new(0),
             queues: Mutex::default(),
             queue_count: AtomicU64::new(0),
             settled: AtomicBool::new(false),
@@ -481,6 +484,13 @@ impl VolumeActivity {
         self.log.unstable.store(true, Ordering::Release);
     }
 
+    /// What a guest's flush that has ended with `result` is answered. A guest that was told "stable" drops what it could write again; so
+    /// it hears of a flush that failed before and that nobody told it of.
+    pub(crate) fn answer_flush(&self, result: Result<(), Errno>) -> Result<(), Errno> {
+        let owed = self.owed.swap(0, Ordering::AcqRel);
+        if owed == 0 { result } else { result.and(Err(Errno(owed))) }
+    }
+
     /// Flushes the backing device.
     fn flush(&self) -> io::Result<()> {
         let number = self.begin_flush();
@@ -493,6 +503,7 @@ impl VolumeActivity {
                 // Else it is not served.
                 if !matches!(error.kind(), io::ErrorKind::NotConnected | io::ErrorKind::NotFound) {
                     self.fail_flush();
+                    self.owed.store(guest_errno(&error).0, Ordering::Release);
                 }
                 Err(error)
             }

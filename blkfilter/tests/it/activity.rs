@@ -4,11 +4,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use farshore_blkfilter::activity::{EXTENT_BYTES, Found, GroupActivity, Keeper, KeeperConfig, Loaded};
-use farshore_blkfilter::{Buf, CaptureConfig, CaptureGroup, Content, FilterQueue, FilterVolume};
+use farshore_blkfilter::{Alarm, Buf, CaptureConfig, CaptureGroup, Content, FilterQueue, FilterVolume};
 use farshore_proto::{GroupId, Position, VolumeIndex};
 use farshore_ring::{Memory, Ring, RingConfig};
-use farshore_uring::sim::{SECTOR, SimDisk, SimIo, SimRng, SimStorage};
-use farshore_uring::{BlockDevice, BlockQueue, OpenMode, Purpose, Request, Storage, StorageFile};
+use farshore_uring::sim::{DiskFault, DiskOp, SECTOR, SimDisk, SimIo, SimRng, SimStorage};
+use farshore_uring::{BlockDevice, BlockQueue, Errno, OpenMode, Purpose, Request, Storage, StorageFile};
 
 use crate::random::{Seed, seeds};
 use crate::rig::{Config, HoleyDisk, Rig, identity, spec};
@@ -245,6 +245,7 @@ struct Bare {
     keeper: Keeper<File>,
     group: Arc<CaptureGroup>,
     filter: Arc<FilterVolume<HoleyDisk>>,
+    disk: SimDisk,
     io: SimIo<Buf>,
     queue: FilterQueue,
 }
@@ -266,7 +267,7 @@ impl Bare {
         let mut io = SimIo::new(rng.fork());
         io.attach(&disk);
         let queue = filter.open_queue(&mut io).expect("few owners");
-        Self { storage, keeper, group, filter, io, queue }
+        Self { storage, keeper, group, filter, disk, io, queue }
     }
 
     /// Writes a sector of each of these extents, as far as it gets.
@@ -278,8 +279,15 @@ impl Bare {
         }
     }
 
-    /// Requests that have ended.
+    /// Requests that have ended, well.
     fn run(&mut self) -> Vec<u32> {
+        let ended = self.results();
+        ended.iter().for_each(|(tag, result)| assert_eq!(*result, Ok(()), "request {tag}"));
+        ended.into_iter().map(|(tag, _)| tag).collect()
+    }
+
+    /// Requests that have ended, and how.
+    fn results(&mut self) -> Vec<(u32, Result<(), Errno>)> {
         let mut ended = Vec::new();
         for _ in 0..10_000 {
             let mut moved = self.io.step();
@@ -292,8 +300,7 @@ impl Bare {
                 moved = true;
             }
             while let Some(done) = self.queue.poll_done() {
-                assert_eq!(done.result, Ok(()));
-                ended.push(done.tag);
+                ended.push((done.tag, done.result));
             }
             if !moved {
                 break;
@@ -307,6 +314,41 @@ impl Bare {
             assert!(job.run());
             self.keeper.handle_flushed();
         }
+    }
+}
+
+/// Goal: a guest hears of every flush that failed, also where it was one of ours: a device says so once, and a guest that hears "stable"
+/// drops what it could write again. It hears of it once; a person hears of it, too; the log covers nothing from then on.
+#[test]
+fn a_guest_hears_of_a_flush_that_failed_for_the_log() {
+    for ours in [false, true] {
+        let mut bare = Bare::new(8, 4, 16);
+        bare.group.note_durable(Position(1 << 40));
+        bare.write(0..4);
+        bare.keeper.turn().expect("no faults");
+        assert_eq!(bare.run().len(), 4);
+        bare.write(8..9);
+        assert!(bare.keeper.turn().expect("no faults").starved, "a flush is needed");
+        bare.disk.set_fault(|op: &DiskOp| match op {
+            DiskOp::Sync => DiskFault::Error(libc::EIO),
+            DiskOp::Read { .. } | DiskOp::Write { .. } | DiskOp::Allocate { .. } => DiskFault::None,
+        });
+        if ours {
+            assert!(!bare.keeper.poll_flush().expect("it is wanted").run(), "the device fails it");
+            bare.keeper.handle_flushed();
+            // The device has said it, and works again.
+            bare.disk.clear_fault();
+        }
+        bare.queue.submit(&mut bare.io, 99, Request::Flush);
+        assert_eq!(bare.results(), [(99, Err(Errno(libc::EIO)))], "ours: {ours}");
+        bare.disk.clear_fault();
+        let alarms: Vec<_> = std::iter::from_fn(|| bare.group.poll_alarm()).map(|event| event.alarm).collect();
+        assert!(alarms.contains(&Alarm::FlushFailed { volume: VolumeIndex(0), errno: libc::EIO }), "{alarms:?}");
+        bare.queue.submit(&mut bare.io, 100, Request::Flush);
+        assert_eq!(bare.run(), [100], "once");
+        bare.keeper.turn().expect("no faults");
+        bare.run();
+        assert!(!bare.keeper.turn().expect("no faults").upheld, "ours: {ours}");
     }
 }
 
