@@ -17,6 +17,8 @@ const ALARMS_MAX: usize = 4096;
 pub enum AlarmCode {
     /// The disk is full: the stream is paused until there is space.
     DiskFull,
+    /// The system lends no more files or memory: the stream is paused until it does.
+    NoResources,
     /// Making a journal durable failed: the stream is stopped until the target is restarted.
     JournalSyncFailed,
     /// Stored bytes of a journal are not what was written.
@@ -53,6 +55,7 @@ impl AlarmCode {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::DiskFull => "target.disk_full",
+            Self::NoResources => "target.no_resources",
             Self::JournalSyncFailed => "journal.sync_failed",
             Self::JournalDamaged => "journal.damaged",
             Self::EntryDamaged => "journal.entry_damaged",

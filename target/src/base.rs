@@ -290,7 +290,7 @@ impl<S: Storage> Base<S> {
     fn begin(&self, writer: &mut Writer, entries: &[IntentEntry]) -> Result<()> {
         self.write_intent(entries).inspect_err(|error| {
             // An intent for which there was no room is torn and so void, and the chunk before is complete: try again.
-            if !error.is_no_space() {
+            if !error.passes() {
                 poison(writer, error);
             }
         })

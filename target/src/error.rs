@@ -5,6 +5,7 @@ use std::io;
 use std::path::Path;
 
 use farshore_proto::BatchNo;
+use farshore_uring::Trouble;
 
 /// What a caller can do about an [`Error`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -12,6 +13,8 @@ use farshore_proto::BatchNo;
 pub enum Kind {
     /// The disk is full: nothing was half done; try again when there is space.
     NoSpace,
+    /// The system lends no more files or memory at the moment: nothing was half done; try again.
+    NoResources,
     /// The disk failed, or failed to make data durable: stop using what it was writing.
     Storage,
     /// Stored bytes are not what was written. Points that need them cannot be had.
@@ -24,6 +27,22 @@ pub enum Kind {
     Foreign,
     /// Bytes of a peer or an operator that make no sense.
     Invalid,
+}
+
+impl Kind {
+    /// What a disk's trouble means for whoever wrote to it. (That a file is not there is no trouble of a disk: [`Error::io`] says so.) An
+    /// error in making data durable is [`Kind::Storage`], whatever its number: the bytes may be gone, and waiting does not bring them
+    /// back.
+    #[must_use]
+    pub const fn of(trouble: Trouble) -> Self {
+        match trouble {
+            Trouble::Full => Self::NoSpace,
+            Trouble::Short | Trouble::Again => Self::NoResources,
+            Trouble::ReadOnly | Trouble::Gone | Trouble::Failed | Trouble::Unsupported | Trouble::Misused => {
+                Self::Storage
+            }
+        }
+    }
 }
 
 /// Something that this crate could not do.
@@ -54,13 +73,9 @@ impl Error {
     /// From a failed disk call: `verb` (as in "append to") and the path.
     #[must_use]
     pub fn io(verb: &str, path: &Path, error: io::Error) -> Self {
-        let is = |kinds: &[io::ErrorKind]| kinds.contains(&error.kind());
-        let kind = if is(&[io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded]) {
-            Kind::NoSpace
-        } else if is(&[io::ErrorKind::NotFound]) {
-            Kind::NotFound
-        } else {
-            Kind::Storage
+        let kind = match error.kind() {
+            io::ErrorKind::NotFound => Kind::NotFound,
+            _ => Kind::of(Trouble::of(&error)),
         };
         Self { kind, context: format!("{verb} {}: {error}", path.display()), source: Some(Box::new(error)) }
     }
@@ -89,10 +104,10 @@ impl Error {
         &self.context
     }
 
-    /// Whether trying again when there is space may succeed.
+    /// Whether trying the same again later may succeed, and nothing is lost until then.
     #[must_use]
-    pub fn is_no_space(&self) -> bool {
-        self.kind == Kind::NoSpace
+    pub fn passes(&self) -> bool {
+        matches!(self.kind, Kind::NoSpace | Kind::NoResources)
     }
 }
 

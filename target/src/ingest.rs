@@ -79,7 +79,7 @@ impl BatchBuf for OwnedBatch {
 pub enum Denied {
     /// The source's fault or state: the session is refused.
     Refuse(RefuseCode, String),
-    /// No space: nothing was kept of this batch and those behind it; they are asked for again.
+    /// No space, or none of what the system lends: nothing was kept of this batch and those behind it; they are asked for again.
     Pause(Error),
     /// The stream cannot go on before somebody acts.
     Stop(Error),
@@ -93,7 +93,7 @@ impl Denied {
 
 impl From<Error> for Denied {
     fn from(error: Error) -> Self {
-        if error.is_no_space() { Self::Pause(error) } else { Self::Stop(error) }
+        if error.passes() { Self::Pause(error) } else { Self::Stop(error) }
     }
 }
 
@@ -377,7 +377,7 @@ impl<S: Storage> Ingest<S> {
     }
 
     fn base_alarm(&self, error: &Error) {
-        if !error.is_no_space() {
+        if !error.passes() {
             self.stream.alarms.raise(AlarmCode::BaseFailed, &self.stream.id.subject(), error.context());
         }
     }
@@ -710,7 +710,7 @@ impl<S: Storage> Ingest<S> {
     /// Closes the active segment; the next batch begins a new one.
     ///
     /// # Errors
-    /// [`crate::error::Kind::NoSpace`]: the segment stays open. Otherwise the stream must stop.
+    /// One that [`Error::passes`]: the segment stays open. Otherwise the stream must stop.
     pub fn roll(&mut self) -> Result<()> {
         let run = self.stream.index.active_run()?;
         self.unannounced = self.journal.seal(&run, &self.state)?;

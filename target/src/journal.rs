@@ -289,13 +289,13 @@ impl<S: Storage> Journal<S> {
     /// `state` is the stream's before the batch and goes into a new segment's beginning.
     ///
     /// # Errors
-    /// [`Kind::NoSpace`]: nothing of the batch was kept, earlier ones are untouched. Any other error: the journal
+    /// One that [`Error::passes`]: nothing of the batch was kept, earlier ones are untouched. Any other error: the journal
     /// [`Self::is_failed`] from now on.
     pub fn append(&mut self, append: &mut Append<'_>, state: &StreamState) -> Result<Appended> {
         self.check_usable()?;
         if self.active.is_none() {
             match self.create(state, append.received) {
-                Err(error) if !error.is_no_space() => return Err(self.fail(error)),
+                Err(error) if !error.passes() => return Err(self.fail(error)),
                 other => other?,
             }
         }
@@ -308,7 +308,7 @@ impl<S: Storage> Journal<S> {
                 segments.set(active.info());
                 Ok(appended)
             }
-            Err(error) if error.is_no_space() => {
+            Err(error) if error.passes() => {
                 // Stale bytes behind the tail would be read as entries after a crash: cut them off, or stop.
                 if let Err(cut) = active.file.set_len(before) {
                     return Err(self.fail(Error::io("cut back", &path, cut)));
@@ -353,7 +353,7 @@ impl<S: Storage> Journal<S> {
     /// `None`: there was nothing to close.
     ///
     /// # Errors
-    /// [`Kind::NoSpace`]: the segment stays open and usable. Any other error: [`Self::is_failed`].
+    /// One that [`Error::passes`]: the segment stays open and usable. Any other error: [`Self::is_failed`].
     pub fn seal(&mut self, run: &[u8], state: &StreamState) -> Result<Option<SealedRun>> {
         self.check_usable()?;
         let Some(mut active) = self.active.take_if(|active| !active.points.is_empty()) else { return Ok(None) };
@@ -365,7 +365,7 @@ impl<S: Storage> Journal<S> {
                 self.segments.set(info);
                 Ok(Some(SealedRun { segment: number, path, offset: end, len: run.len() as u64, first, last }))
             }
-            Err(error) if error.is_no_space() => {
+            Err(error) if error.passes() => {
                 let cut = active.file.set_len(end);
                 active.tail = end;
                 active.reserved = active.reserved.min(end);

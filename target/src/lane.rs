@@ -380,8 +380,9 @@ impl<S: Storage> Core<S> {
                 self.refuse(code, detail, out);
             }
             Denied::Pause(error) => {
-                tracing::error!(stream = subject, %error, "no space: the stream is paused");
-                alarms.raise(AlarmCode::DiskFull, &subject, error.context());
+                tracing::error!(stream = subject, %error, "the stream is paused");
+                let code = if error.kind() == Kind::NoSpace { AlarmCode::DiskFull } else { AlarmCode::NoResources };
+                alarms.raise(code, &subject, error.context());
                 self.paused = Some((error.to_string(), now));
                 self.waiting.clear();
                 if let Some((_, machine)) = &mut self.session {
@@ -445,7 +446,8 @@ impl<S: Storage> Core<S> {
         }
         let subject = self.subject();
         tracing::info!(stream = subject, free, "there is space again: the stream goes on");
-        self.ingest.stream().alarms.clear(AlarmCode::DiskFull, &subject);
+        let alarms = &self.ingest.stream().alarms;
+        [AlarmCode::DiskFull, AlarmCode::NoResources].into_iter().for_each(|code| alarms.clear(code, &subject));
         self.paused = None;
         if let Some((_, machine)) = &mut self.session {
             machine.resume();

@@ -435,7 +435,7 @@ pub(crate) fn errno(error: &Error) -> Errno {
         Kind::NoSpace => ENOSPC,
         Kind::Refused => EROFS,
         Kind::Invalid => EINVAL,
-        Kind::Storage | Kind::Damaged | Kind::NotFound | Kind::Foreign => EIO,
+        Kind::NoResources | Kind::Storage | Kind::Damaged | Kind::NotFound | Kind::Foreign => EIO,
     })
 }
 

@@ -10,6 +10,7 @@ use farshore_uring::sim::{SimRng, SimStorage, StorageOp, is_crash};
 
 use super::source::{Clocked, Source, name};
 use super::{assert_point, open, storage};
+use crate::error::Kind;
 use crate::group::GroupHost;
 use crate::target::Target;
 
@@ -183,54 +184,107 @@ fn a_failed_sync_stops_the_stream_and_acknowledges_nothing() {
 }
 
 /// Goal: a full disk at any operation acknowledges nothing by half, pauses with the reason, and goes on when there is
-/// space. Method: every write, reservation and creation fails once with ENOSPC.
+/// space; so does a system that lends no more memory or files. Method: every write, reservation and creation fails once with ENOSPC,
+/// or ENOMEM.
 #[test]
 fn a_full_disk_at_every_operation_pauses_and_resumes() {
-    let run = |fail: Option<u64>| {
-        let disk = storage(SEED + 3);
+    for (errno, code) in [(28, "target.disk_full"), (12, "target.no_resources")] {
+        let operations = pauses_and_resumes(None, errno, code);
+        assert!(operations > 30, "{operations}");
+        for at in 0..operations {
+            pauses_and_resumes(Some(at), errno, code);
+        }
+    }
+}
+
+/// Operation `fail` fails with `errno`. Gives how many there were.
+fn pauses_and_resumes(fail: Option<u64>, errno: i32, code: &str) -> u64 {
+    let disk = storage(SEED + 3);
+    let target = open(&disk).expect("a good disk");
+    let mut source = Source::new("db", "host-a", 2);
+    let mut rng = SimRng::new(SEED);
+    let mut world = Clocked::new(&target);
+    source.connect(&mut world);
+    let count = Arc::new(AtomicU64::new(0));
+    let seen = Arc::clone(&count);
+    disk.set_fault(move |op, _| {
+        let takes_space =
+            matches!(op, StorageOp::Write | StorageOp::Reserve | StorageOp::CreateDirAll | StorageOp::Open);
+        let now = takes_space && Some(seen.fetch_add(1, Ordering::Relaxed)) == fail;
+        now.then(|| std::io::Error::from_raw_os_error(errno))
+    });
+    source.step(&mut world, &mut rng, 12);
+    source.join_all(&mut world);
+    for _ in 0..8 {
+        let ops = source.random_ops(&mut rng, 8);
+        let sent = source.batch(&ops, None);
+        source.send(&mut world, &sent.bytes);
+    }
+    if source.paused.is_some() {
+        assert!(target.alarm_list().iter().any(|alarm| alarm.code.as_str() == code));
+        world.pass(std::time::Duration::from_secs(2));
+        source.talk(&mut world);
+        assert_eq!(source.paused, None, "there is space again");
+    }
+    disk.clear_fault();
+    let operations = count.load(Ordering::Relaxed);
+    let held = source.acked;
+    let rest: Vec<_> = source.sent.iter().filter(|sent| sent.number > held).cloned().collect();
+    rest.iter().for_each(|sent| source.send(&mut world, &sent.bytes));
+    assert_eq!(source.refused, None);
+    assert_eq!(source.acked, source.sent.last().expect("sent above").number);
+    check_points(&target.streams(&name("db")).expect("made")[&name("host-a")], &source);
+    assert_eq!(target.alarm_list(), []);
+    drop(target);
+    check_restart(&disk.crash(&mut SimRng::new(4)), &mut source);
+    operations
+}
+
+/// Goal: each error number that a disk can give the journal has the end that the table says: a pause that ends by itself, or a stop
+/// until somebody acts; neither acknowledges what is not on the disk. Method: one write of the journal fails with it.
+#[test]
+fn every_error_of_the_journals_disk_has_its_end() {
+    for (errno, errno_name, trouble) in farshore_uring::TROUBLES {
+        let disk = storage(SEED + 5);
         let target = open(&disk).expect("a good disk");
-        let mut source = Source::new("db", "host-a", 2);
+        let mut source = Source::new("db", "host-a", 1);
         let mut rng = SimRng::new(SEED);
         let mut world = Clocked::new(&target);
         source.connect(&mut world);
-        let count = Arc::new(AtomicU64::new(0));
-        let seen = Arc::clone(&count);
-        disk.set_fault(move |op, _| {
-            let takes_space =
-                matches!(op, StorageOp::Write | StorageOp::Reserve | StorageOp::CreateDirAll | StorageOp::Open);
-            let now = takes_space && Some(seen.fetch_add(1, Ordering::Relaxed)) == fail;
-            now.then(|| std::io::Error::from_raw_os_error(28))
-        });
-        source.step(&mut world, &mut rng, 12);
         source.join_all(&mut world);
-        for _ in 0..8 {
-            let ops = source.random_ops(&mut rng, 8);
-            let sent = source.batch(&ops, None);
-            source.send(&mut world, &sent.bytes);
-        }
-        if source.paused.is_some() {
-            assert!(target.alarm_list().iter().any(|alarm| alarm.code.as_str() == "target.disk_full"));
+        let acked = source.acked;
+        assert!(acked.0 > 0);
+        let failed = Arc::new(AtomicU64::new(0));
+        let once = Arc::clone(&failed);
+        disk.set_fault(move |op, path| {
+            let journal = op == StorageOp::Write && path.to_string_lossy().contains(".seg");
+            (journal && once.fetch_add(1, Ordering::Relaxed) == 0).then(|| std::io::Error::from_raw_os_error(errno))
+        });
+        let ops = source.random_ops(&mut rng, 8);
+        let sent = source.batch(&ops, None);
+        source.send(&mut world, &sent.bytes);
+        assert!(failed.load(Ordering::Relaxed) > 0, "{errno_name}: nothing was written");
+        assert_eq!(source.acked, acked, "{errno_name}: acknowledged without being there");
+        let codes: Vec<_> = target.alarm_list().iter().map(|alarm| alarm.code.as_str()).collect();
+        let code = match Kind::of(trouble) {
+            Kind::NoSpace => "target.disk_full",
+            Kind::NoResources => "target.no_resources",
+            _ => "journal.sync_failed",
+        };
+        assert_eq!(codes, [code], "{errno_name}");
+        if trouble.passes() {
+            assert!(source.paused.is_some() && source.refused.is_none(), "{errno_name}");
             world.pass(std::time::Duration::from_secs(2));
             source.talk(&mut world);
-            assert_eq!(source.paused, None, "there is space again");
+            assert_eq!(source.paused, None, "{errno_name}");
+            source.send(&mut world, &sent.bytes);
+            assert_eq!(source.acked, sent.number, "{errno_name}");
+            assert_eq!(target.alarm_list(), [], "{errno_name}");
+        } else {
+            assert!(source.refused.is_some(), "{errno_name}");
+            source.connect(&mut world);
+            assert!(source.refused.is_some() && source.acked == acked, "{errno_name}: it stays stopped");
         }
-        disk.clear_fault();
-        let operations = count.load(Ordering::Relaxed);
-        let held = source.acked;
-        let rest: Vec<_> = source.sent.iter().filter(|sent| sent.number > held).cloned().collect();
-        rest.iter().for_each(|sent| source.send(&mut world, &sent.bytes));
-        assert_eq!(source.refused, None);
-        assert_eq!(source.acked, source.sent.last().expect("sent above").number);
-        check_points(&target.streams(&name("db")).expect("made")[&name("host-a")], &source);
-        assert_eq!(target.alarm_list(), []);
-        drop(target);
-        check_restart(&disk.crash(&mut SimRng::new(4)), &mut source);
-        operations
-    };
-    let operations = run(None);
-    assert!(operations > 30, "{operations}");
-    for at in 0..operations {
-        run(Some(at));
     }
 }
 
