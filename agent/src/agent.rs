@@ -1,6 +1,7 @@
 //! The agent: its groups, and what the admin API asks of them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
@@ -27,7 +28,7 @@ use crate::gate::{self, Gate};
 use crate::group::{Context, Group, NewPlace, NewVolume};
 use crate::points::Cuts;
 use crate::source::open_source;
-use crate::state::{GroupState, StateDir, VolumeState};
+use crate::state::{GroupState, StateDir, VolumeState, lock_state};
 use crate::supervisor::SupervisorLink;
 use crate::watch::Watch;
 use crate::{Error, Result, clock, interpose};
@@ -51,6 +52,8 @@ pub struct Agent {
     watch: Mutex<Option<Watch>>,
     /// Every request is inside: a stop waits until nobody has a group any more.
     requests: Gate,
+    /// Of the state directory.
+    _lock: File,
 }
 
 impl Agent {
@@ -67,6 +70,7 @@ impl Agent {
             });
         }
         std::fs::create_dir_all(&config.state).map_err(|error| Error::io("create", &config.state, error))?;
+        let lock = lock_state(&config.state)?;
         let storage = DirStorage::open(&config.state).map_err(|error| Error::io("open", &config.state, error))?;
         let store = StateDir::open(storage, &config.state, identity.vault, &identity.name)?;
         ring_folder(&config.ring_dir)?;
@@ -95,6 +99,7 @@ impl Agent {
             changes: Arc::default(),
             watch: Mutex::default(),
             requests: Gate::default(),
+            _lock: lock,
         };
         for name in names {
             let started = match agent.context.store.read_group(&name) {

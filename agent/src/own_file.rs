@@ -1,18 +1,14 @@
 //! Files and devices that are the agent's alone: opened so that no other agent writes them, and not touched if they are something else.
 
-use std::fs::{File, TryLockError};
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use farshore_uring::{DirFile, DirStorage, OpenMode, Storage};
 
-use crate::clock;
-
-/// How long another process may still hold it: a worker that was killed a moment ago.
-const LOCK_WAIT: Duration = Duration::from_secs(1);
+use crate::state::lock_alone;
 
 /// Opens it, or makes a file. It is ours for as long as what is returned lives.
 pub(crate) fn open(path: &Path) -> io::Result<(Arc<DirFile>, Option<File>)> {
@@ -29,19 +25,8 @@ pub(crate) fn open(path: &Path) -> io::Result<(Arc<DirFile>, Option<File>)> {
         storage.sync_dir(Path::new(""))?;
     }
     let lock = File::options().read(true).write(true).open(path)?;
-    let end = clock::now().plus(LOCK_WAIT);
-    loop {
-        match lock.try_lock() {
-            Ok(()) => return Ok((file, Some(lock))),
-            Err(TryLockError::WouldBlock) if clock::now() < end => {
-                let _ = nix::poll::poll(&mut [], 20u8);
-            }
-            Err(TryLockError::WouldBlock) => {
-                return Err(io::Error::new(io::ErrorKind::ResourceBusy, "another agent uses it"));
-            }
-            Err(TryLockError::Error(error)) => return Err(error),
-        }
-    }
+    lock_alone(&lock)?;
+    Ok((file, Some(lock)))
 }
 
 /// A block device stands there.

@@ -8,7 +8,9 @@
 //! 2. a crash between saving the bitmaps and clearing `attached`: as 1, the bitmaps are ignored, more is compared;
 //! 3. the incarnation is made durable before a ring of that incarnation exists, so none is used twice.
 
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use farshore_proto::{GroupId, Name, VaultId};
 use farshore_streamer::Line;
@@ -17,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::evidence::Evidence;
 use crate::verify::VerifyState;
-use crate::{Error, Result};
+use crate::{Error, Result, clock};
 
 const FORMAT: u32 = 1;
 /// Of a group's file. 2 added `ublk` to volumes, 3 `mapped` and `evidence`, 4 `verify`, 5 `boot`, 6 `log_line`; all of them are read.
@@ -234,6 +236,47 @@ pub fn note_bypassed(folder: &Path, group: &Name) -> Result<()> {
         Err(error) => Err(error),
     };
     noted.and_then(|()| storage.sync_dir(Path::new(GROUPS))).map_err(|e| Error::io("write", &folder.join(path), e))
+}
+
+/// How long another process may still hold what it locked: a worker that was killed a moment ago.
+const LOCK_WAIT: Duration = Duration::from_secs(1);
+
+/// Takes the lock of a file or folder for this process alone; its end gives it back. Waits for a process that is about to be gone.
+///
+/// # Errors
+/// `ResourceBusy`: another agent has it.
+pub(crate) fn lock_alone(file: &File) -> std::io::Result<()> {
+    let end = clock::now().plus(LOCK_WAIT);
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(()),
+            Err(TryLockError::WouldBlock) if clock::now() < end => {
+                let _ = nix::poll::poll(&mut [], 20u8);
+            }
+            Err(TryLockError::WouldBlock) => {
+                return Err(std::io::Error::new(std::io::ErrorKind::ResourceBusy, "another agent uses it"));
+            }
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+    }
+}
+
+/// Takes a state directory for this process: whoever writes it keeps in memory what it says, so a second one would undo what the first has
+/// recorded ("compare everything", a new incarnation). Rings and sockets may lie elsewhere for each, so they do not tell.
+///
+/// # Errors
+/// [`Error::Refused`]: another agent has it.
+pub(crate) fn lock_state(folder: &Path) -> Result<File> {
+    let lock = File::open(folder).map_err(|error| Error::io("open", folder, error))?;
+    match lock_alone(&lock) {
+        Ok(()) => Ok(lock),
+        Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => Err(Error::Refused {
+            what: format!("state directory {}", folder.display()),
+            reason: error.to_string(),
+            hint: "stop that one, or give each agent a state directory of its own (--state)".into(),
+        }),
+        Err(error) => Err(Error::io("lock", folder, error)),
+    }
 }
 
 /// What the state directory says of the activity log, for those who do not take the directory. `None`: nothing.
