@@ -75,10 +75,8 @@ impl Agent {
         let store = StateDir::open(storage, &config.state, identity.vault, &identity.name)?;
         ring_folder(&config.ring_dir)?;
         let alarms = Arc::new(Alarms::default());
-        let left = identity.not_after.since(clock::wall());
-        if left < EXPIRY_WARNING {
-            alarms.raise(code::EXPIRES, "", format!("the certificate expires on {}", show_time(identity.not_after)));
-        }
+        let not_after = identity.not_after;
+        watch_expiry(&alarms, not_after, clock::wall());
         let supervisor = SupervisorLink::new(&config.ring_dir, &identity.name);
         // Before anything is opened that a pass-through holds.
         supervisor.let_go()?;
@@ -128,7 +126,9 @@ impl Agent {
         let report = move |groups: &[Arc<Group>]| {
             supervisor.report(groups.iter().flat_map(|group| group.roster()).collect(), true);
         };
-        let watch = Watch::start(Arc::clone(&agent.groups), Arc::clone(&agent.changes), report)?;
+        let alarms = Arc::clone(&agent.context.alarms);
+        let expiry = move || watch_expiry(&alarms, not_after, clock::wall());
+        let watch = Watch::start(Arc::clone(&agent.groups), Arc::clone(&agent.changes), report, expiry)?;
         *agent.watch.lock().unwrap_or_else(PoisonError::into_inner) = Some(watch);
         agent.report(true);
         Ok(agent)
@@ -675,11 +675,36 @@ fn volume_document(group: &Group, volume: &VolumeState) -> Value {
     })
 }
 
+/// Says that the certificate expires, from [`EXPIRY_WARNING`] before: also to an agent that has run since long before.
+fn watch_expiry(alarms: &Alarms, not_after: WallTime, now: WallTime) {
+    if not_after.since(now) < EXPIRY_WARNING {
+        alarms.raise(code::EXPIRES, "", format!("the certificate expires on {}", show_time(not_after)));
+    } else {
+        // Where the clock was wrong.
+        alarms.clear(code::EXPIRES, "");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Barrier;
 
     use super::*;
+
+    /// Goal: a certificate's end is announced a month before, not only by an agent that is started then.
+    #[test]
+    fn a_certificate_that_expires_is_announced() {
+        let day = |days: u64| WallTime(days * 86_400 * 1_000_000_000);
+        let alarms = Alarms::default();
+        watch_expiry(&alarms, day(400), day(369));
+        assert!(alarms.list(None).is_empty());
+        for now in [371, 399, 400, 500] {
+            watch_expiry(&alarms, day(400), day(now));
+            assert_eq!(alarms.list(None)[0].code, code::EXPIRES, "day {now}");
+        }
+        watch_expiry(&alarms, day(400), day(300));
+        assert!(alarms.list(None).is_empty(), "the clock was ahead");
+    }
 
     /// Goal: groups stop at the same time, and the first error is told. Method: each waits for the others.
     #[test]

@@ -77,9 +77,17 @@ pub struct Alarm {
 /// Code and subject.
 type Key = (&'static str, String);
 
-/// The agent's open alarms: since when, and the particulars.
+/// What is kept of one.
+struct Open {
+    since: WallTime,
+    /// When it was raised last.
+    last: WallTime,
+    text: String,
+}
+
+/// The agent's open alarms.
 #[derive(Default)]
-pub(crate) struct Alarms(Mutex<BTreeMap<Key, (WallTime, String)>>);
+pub(crate) struct Alarms(Mutex<BTreeMap<Key, Open>>);
 
 impl Alarms {
     /// Raises or updates.
@@ -87,10 +95,11 @@ impl Alarms {
         let text = text.into();
         let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match open.get_mut(&(code, subject.to_owned())) {
-            Some((_, old)) => *old = text,
+            Some(old) => (old.last, old.text) = (clock::wall(), text),
             None => {
                 tracing::warn!(code, subject, text, "alarm");
-                open.insert((code, subject.to_owned()), (clock::wall(), text));
+                let now = clock::wall();
+                open.insert((code, subject.to_owned()), Open { since: now, last: now, text });
             }
         }
     }
@@ -108,6 +117,16 @@ impl Alarms {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&(code, subject.to_owned()))
     }
 
+    /// Clears what was not raised since `time`.
+    pub(crate) fn clear_before(&self, time: WallTime, code: &'static str, subject: &str) {
+        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let over = open.get(&(code, subject.to_owned())).is_some_and(|open| open.last < time);
+        if over {
+            open.remove(&(code, subject.to_owned()));
+            tracing::info!(code, subject, "alarm cleared");
+        }
+    }
+
     /// Clears all of a subject and what lies below it.
     pub(crate) fn forget(&self, subject: &str) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|(_, of), _| !concerns(of, subject));
@@ -118,7 +137,7 @@ impl Alarms {
         let open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         open.iter()
             .filter(|((_, of), _)| subject.is_none_or(|subject| concerns(of, subject)))
-            .map(|((code, of), (since, text))| Alarm {
+            .map(|((code, of), Open { since, text, .. })| Alarm {
                 code,
                 subject: of.clone(),
                 text: text.clone(),
@@ -130,4 +149,28 @@ impl Alarms {
 
 fn concerns(of: &str, subject: &str) -> bool {
     of.strip_prefix(subject).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: what a later look has found to be over is cleared, and what was raised since that look began is not, however long it is
+    /// open.
+    #[test]
+    fn what_was_raised_since_stays() {
+        let alarms = Alarms::default();
+        alarms.raise(code::UNREADABLE, "g/v", "first");
+        let after = WallTime(clock::wall().0 + 1);
+        alarms.clear_before(WallTime(1), code::UNREADABLE, "g/v");
+        assert_eq!(alarms.list(None).len(), 1, "the look began before it");
+        while clock::wall() < after {
+            std::hint::spin_loop();
+        }
+        alarms.raise(code::UNREADABLE, "g/v", "again");
+        alarms.clear_before(after, code::UNREADABLE, "g/v");
+        assert_eq!(alarms.list(None)[0].text, "again");
+        alarms.clear_before(WallTime(u64::MAX), code::UNREADABLE, "g/v");
+        assert!(alarms.list(None).is_empty());
+    }
 }

@@ -132,6 +132,12 @@ impl Group {
                         let subject = self.shared.volume_subject(*volume);
                         let VerifyFound { equal_bytes, differing_bytes, skipped_bytes, .. } = found;
                         tracing::info!(volume = subject, from, equal_bytes, differing_bytes, skipped_bytes, "verified");
+                        if *from == 0 && *differing_bytes == 0 && *skipped_bytes == 0 {
+                            // All of the device was read since, and is what the replica has.
+                            for code in [code::WRITE_FAILED, code::UNREADABLE, code::DROPPED] {
+                                self.shared.alarms.clear_before(WallTime(*pass), code, &subject);
+                            }
+                        }
                     }
                     kept
                 }

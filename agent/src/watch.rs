@@ -34,7 +34,7 @@ pub(crate) struct Watch {
 
 impl Watch {
     /// Watches `groups`; what others may have changed, not while somebody holds `changes`. `report` is told when a device has come
-    /// or gone.
+    /// or gone; `also` is called every second.
     ///
     /// Where the service of a block device has ended by itself (its queue panicked, its ring failed), or one of its queues hangs,
     /// this process ends as by a crash: the kernel keeps the requests of all its devices for the next one. *(It could not serve that
@@ -44,6 +44,7 @@ impl Watch {
         groups: Arc<RwLock<BTreeMap<Name, Arc<Group>>>>,
         changes: Arc<Mutex<()>>,
         report: impl Fn(&[Arc<Group>]) + Send + 'static,
+        also: impl Fn() + Send + 'static,
     ) -> Result<Self> {
         let (mut stop, mut threads) = (Vec::new(), Vec::new());
         let mut every_second = |name: &str, mut look: Box<dyn FnMut() + Send>| {
@@ -66,6 +67,7 @@ impl Watch {
         every_second("farshore-alive", Box::new(move || end_if_not_serving(&list(&of), &mut turns)))?;
         let mut writers_due = clock::now();
         let look = move || {
+            also();
             let all = list(&groups);
             // Whoever holds it looks himself, or makes what is to be looked at later.
             let Ok(_changes) = changes.try_lock() else { return };

@@ -344,6 +344,13 @@ impl<S: Storage> Core<S> {
         }
         let taken = self.ingest.take(group, wall);
         self.gap = None;
+        if taken.acknowledge && taken.denied.is_none() {
+            let alarms = &self.ingest.stream().alarms;
+            // Asked first: nearly always there is none, and this is the way of every batch.
+            if alarms.is_raised(AlarmCode::BatchRefused, &self.subject()) {
+                alarms.clear(AlarmCode::BatchRefused, &self.subject());
+            }
+        }
         if let Some((_, machine)) = &mut self.session {
             if taken.acknowledge
                 && let Some(tail) = self.ingest.tail()

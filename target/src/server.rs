@@ -36,6 +36,10 @@ use crate::target::{Peer, StreamKey, Target};
 const EVENTS_MAX: usize = 1 << 14;
 /// Longest sleep of a thread: bounds how late it sees a change that nobody woke it for.
 const SLEEP_MAX: Duration = Duration::from_millis(500);
+/// Age of a hold from which on a person is reminded of it: tests and failovers take days at most, and what is held only grows.
+const HOLD_OLD: Duration = Duration::from_secs(7 * 24 * 3600);
+/// How long a session may be up without a greeting: a source greets at once, and gives up after as long.
+pub(crate) const GREETING_MAX: Duration = Duration::from_secs(30);
 /// How long a refused source has to read why before its session is closed.
 const CLOSE_GRACE: Duration = Duration::from_secs(1);
 /// Pause of the background thread when there is nothing to do.
@@ -453,6 +457,7 @@ impl<S: Storage> Chores<S> {
             tracing::warn!(stream = subject, %error, "the index could not be merged");
             false
         });
+        watch_holds(&self.stream, clock.wall());
         let moved = match self.mover.step(clock.wall()) {
             Ok(step) => {
                 self.stream.alarms.clear(AlarmCode::RetentionStopped, &subject);
@@ -464,5 +469,57 @@ impl<S: Storage> Chores<S> {
             }
         };
         if merged || moved { Duration::ZERO } else { wait }
+    }
+}
+
+/// Reminds of the oldest hold, once it is old.
+fn watch_holds<S: Storage>(stream: &GroupHost<S>, now: WallTime) {
+    let record = stream.record();
+    let subject = stream.id.subject();
+    match record.holds.iter().min_by_key(|hold| hold.since).filter(|hold| now.since(hold.since) >= HOLD_OLD) {
+        Some(hold) => {
+            let since = farshore_proto::text::show_time(hold.since);
+            let detail = format!(
+                "hold {} keeps point {} and all later ones since {since}: {}",
+                hold.id, hold.point, hold.reason
+            );
+            stream.alarms.raise(AlarmCode::HoldOld, &subject, &detail);
+        }
+        None => stream.alarms.clear(AlarmCode::HoldOld, &subject),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use farshore_proto::PointId;
+    use farshore_uring::sim::SimStorage;
+
+    use super::*;
+    use crate::tests::source::{Clocked, Source, name};
+    use crate::tests::{open, storage};
+
+    /// Goal: a hold is reminded of when it is a week old, by its own words, and no more when it is removed.
+    #[test]
+    fn an_old_hold_is_reminded_of() {
+        let disk: SimStorage = storage(11);
+        let target = open(&disk).expect("a good disk");
+        let mut source = Source::new("db", "host-a", 1);
+        let mut world = Clocked::new(&target);
+        source.connect(&mut world);
+        source.join_all(&mut world);
+        let stream = Arc::clone(&target.streams(&name("db")).expect("made")[&name("host-a")]);
+        let point: PointId = stream.points().iter().last().expect("joined").id;
+        let hold = stream.add_hold(point, "the auditors").expect("a point");
+        let since = stream.record().holds[0].since;
+        let after = |time: Duration| WallTime(since.0 + u64::try_from(time.as_nanos()).expect("short"));
+        watch_holds(&stream, after(HOLD_OLD - Duration::from_secs(1)));
+        assert_eq!(target.alarm_list(), []);
+        watch_holds(&stream, after(HOLD_OLD));
+        let alarms = target.alarm_list();
+        assert_eq!(alarms.iter().map(|alarm| alarm.code).collect::<Vec<_>>(), [AlarmCode::HoldOld]);
+        assert!(alarms[0].detail.contains("the auditors"), "{}", alarms[0].detail);
+        stream.remove_hold(hold).expect("it is there");
+        watch_holds(&stream, after(HOLD_OLD));
+        assert_eq!(target.alarm_list(), []);
     }
 }
