@@ -13,6 +13,7 @@ use farshore_proto::{GroupId, Incarnation, Now, WallTime};
 use farshore_ring::{CellRef, Consumer, Ring};
 use farshore_uring::DirFile;
 
+use crate::age::Age;
 use crate::capture::CaptureRing;
 use crate::disk_log::{GroupLog, LogOrder, LogWorker, ToWorker};
 use crate::haste::Urgency;
@@ -150,6 +151,7 @@ impl StreamerHandle {
             stopping: None,
             stop: Arc::clone(&stop),
             urgency: (clock.now(), Urgency::default()),
+            age: Age::new(clock.now()),
         };
         let thread = std::thread::Builder::new().name(thread_name.clone()).spawn(move || {
             farshore_uring::work_in_background();
@@ -262,6 +264,7 @@ struct Driver {
     stop: Arc<StopRequest>,
     /// With the time of the next look.
     urgency: (Now, Urgency),
+    age: Age,
 }
 
 impl Driver {
@@ -319,6 +322,7 @@ impl Driver {
     /// Everything that can be done without waiting. True: there is more to take from the ring.
     fn turn(&mut self) -> bool {
         let now = self.clock.now();
+        self.age.handle_newest(now, self.streamer.state().newest_point);
         if let Some(session) = self.inbox.take_overrun() {
             self.link.close_session(session, "more control messages than can be taken");
         }
@@ -503,15 +507,13 @@ impl Driver {
     }
 
     fn status(&self) -> StreamerStatus {
-        StreamerStatus {
-            stream: self.streamer.status(self.clock.wall()),
-            link: self.link.stats(),
-            link_rtt: self.link.rtt(),
-            log_bytes: self
-                .log
-                .as_ref()
-                .map_or((0, 0), |log| (log.worker.used.load(std::sync::atomic::Ordering::Relaxed), log.worker.size)),
-        }
+        let mut stream = self.streamer.status(self.clock.wall());
+        stream.rpo = stream.rpo.map(|rpo| self.age.at_least(self.clock.now(), rpo));
+        let log_bytes = self
+            .log
+            .as_ref()
+            .map_or((0, 0), |log| (log.worker.used.load(std::sync::atomic::Ordering::Relaxed), log.worker.size));
+        StreamerStatus { stream, link: self.link.stats(), link_rtt: self.link.rtt(), log_bytes }
     }
 
     fn finish(mut self) -> StreamerStatus {

@@ -27,6 +27,7 @@
 //!    filter's business.
 #![forbid(unsafe_code)]
 
+mod age;
 mod bucket;
 mod capture;
 mod coalesce;
