@@ -19,10 +19,16 @@ impl Syncer {
         if !self.look && self.now < self.next_look {
             return false;
         }
-        // The volumes in turn, so that a large one does not keep a small one from joining.
-        let order: Vec<u16> =
-            self.volumes.range(self.turn..).chain(self.volumes.range(..self.turn)).map(|(index, _)| *index).collect();
-        for index in order {
+        // What keeps the group from making points comes first: all of what points include. A volume that they do not include yet waits,
+        // and nothing waits for it. Among equals in turn, so that a large one does not keep a small one from joining.
+        let mut order: Vec<(bool, u16)> = self
+            .volumes
+            .range(self.turn..)
+            .chain(self.volumes.range(..self.turn))
+            .map(|(index, volume)| (!volume.volume.joined(), *index))
+            .collect();
+        order.sort_by_key(|(later, _)| *later);
+        for (_, index) in order {
             let volume = self.volumes.get_mut(&index).expect("listed above");
             let Some(first) = volume.next_missing() else { continue };
             self.turn = index.wrapping_add(1);

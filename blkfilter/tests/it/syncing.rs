@@ -103,6 +103,40 @@ fn equal_content_is_not_sent() {
     assert_eq!(rig.replica.count(Kind::EventEnd), 1);
 }
 
+/// Goal: what keeps the group from making points is compared before what nobody waits for. Method: of two volumes one has left the points and
+/// is missing as a whole, as one that is new; then the other is to be compared, too.
+#[test]
+fn what_points_wait_for_comes_first() {
+    for new in [0, 1] {
+        let old = 1 - new;
+        let mut rig = Rig::new(21, Config { volumes: 2, guests: 2, slots: 64 * 6, ..Config::default() });
+        rig.settle();
+        let index = |volume: usize| VolumeIndex(u16::try_from(volume).expect("two"));
+        rig.group.unjoin(index(new)).expect("it is there");
+        rig.group.resync(index(new)).expect("it is there");
+        rig.group.resync(index(old)).expect("it is there");
+        let mut image = vec![0; usize::try_from(rig.disks[old].size()).expect("small")];
+        rig.disks[old].peek(0, &mut image);
+        let full = image.chunks(65536).filter(|slot| slot.iter().any(|byte| *byte != 0)).count() as u64;
+        assert!(full > 150, "{full} slots have content");
+        let before = [rig.disks[0].op_count(), rig.disks[1].op_count()];
+        let read = |rig: &Rig, volume: usize| rig.disks[volume].op_count() - before[volume];
+        for _ in 0..10_000 {
+            rig.turn_sync();
+            if read(&rig, new) > 0 {
+                break;
+            }
+            deliver(&mut rig);
+            while rig.hear() {}
+        }
+        assert!(read(&rig, new) > 0);
+        // Those of the window may still be under way.
+        assert!(read(&rig, old) + 16 >= full, "{} of {full} slots were read when the other began", read(&rig, old));
+        rig.settle();
+        rig.check_equal();
+    }
+}
+
 /// Goal: a compare finds and repairs what differs, however it came to that; zeroes included.
 #[test]
 fn different_content_is_repaired() {
