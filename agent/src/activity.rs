@@ -49,10 +49,10 @@ const FLUSH_AHEAD: Duration = Duration::from_secs(1);
 /// Longest wait of a thread that has nothing to do.
 const IDLE: Duration = Duration::from_secs(10);
 /// Between two attempts to write a log, or a state, that failed.
-const RETRY: Duration = Duration::from_secs(1);
+pub(crate) const RETRY: Duration = Duration::from_secs(1);
 /// The log has to cover everything for so long before that is recorded again: a disk that is slow now and then would have the
 /// state written all the time.
-const CALM: Duration = Duration::from_secs(10);
+pub(crate) const CALM: Duration = Duration::from_secs(10);
 /// Longest wait of a start for the log, where guests of an earlier process wait all the while, and where nobody does.
 pub(crate) const START_MAX: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 /// Longest wait of a start until the log has what is marked.

@@ -38,7 +38,7 @@ use crate::supervisor::{RosterDisk, SupervisorLink};
 use crate::sync_thread::{Restarts, SyncThread};
 use crate::{Error, Result, clock};
 
-mod mapped;
+pub(crate) mod mapped;
 
 use mapped::{Place, Trust};
 

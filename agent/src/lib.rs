@@ -27,6 +27,7 @@ mod points;
 mod shared;
 mod source;
 pub mod state;
+mod states;
 pub mod supervisor;
 mod sync_thread;
 #[cfg(test)]
@@ -40,3 +41,4 @@ pub use alarms::Alarm;
 pub use attach::ring_folder;
 pub use disk_log::{DiskLogConfig, disk_log_place};
 pub use error::{Error, Result, chain};
+pub use states::MACHINES;

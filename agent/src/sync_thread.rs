@@ -27,6 +27,9 @@ const QUEUE: usize = 1024;
 /// How often the shown progress is counted anew. Counting bits is not free; people do not look more often.
 const SHOW: Duration = Duration::from_millis(100);
 
+/// Longest pause before a sync that died begins anew: a person acts on minutes.
+pub(crate) const PAUSE_MAX: Duration = Duration::from_secs(60);
+
 /// What the thread is told.
 pub(crate) enum SyncOrder<F = FileDevice> {
     Add(Arc<FilterVolume<F>>),
@@ -62,9 +65,9 @@ pub(crate) struct Restarts {
 }
 
 impl Default for Restarts {
-    /// A second, so that a lasting trouble costs little, to a minute: a person acts on minutes.
+    /// A second, so that a lasting trouble costs little, to [`PAUSE_MAX`].
     fn default() -> Self {
-        Self { first: Duration::from_secs(1), max: Duration::from_secs(60) }
+        Self { first: Duration::from_secs(1), max: PAUSE_MAX }
     }
 }
 

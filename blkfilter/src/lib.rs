@@ -29,9 +29,11 @@ pub mod activity;
 mod alarm;
 mod counters;
 mod cutter;
+mod errno;
 mod group;
 mod queue;
 pub mod range_lock;
+mod states;
 pub mod sync;
 mod touched;
 mod volume;
@@ -40,8 +42,10 @@ mod zeroing;
 pub use alarm::{Alarm, AlarmEvent};
 pub use counters::Counters;
 pub use cutter::{Cut, Cutter};
+pub use errno::BACKING_ERRORS;
 pub use group::{CaptureConfig, CaptureGroup, mark_recovered};
 pub use queue::FilterQueue;
+pub use states::MACHINES;
 pub use volume::{BackingFile, Content, FilterVolume, Volume, VolumeSpec};
 
 /// A request's buffer: a cell of the capture slab, or ordinary memory.

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use farshore_proto::record::Kind;
+use farshore_proto::states::{Limit, MachineDoc, StateDoc};
 use farshore_ring::{Desc, Producer, Reservation};
 use farshore_uring::{
     BlockQueue, BufPool, Completion, Done, Errno, FileSlot, Geometry, Io, Op, Purpose, Request, Token, Waker,
@@ -87,6 +88,32 @@ enum Stage {
     /// Between two stages; never seen from outside of a call.
     Moving,
 }
+
+/// For `docs/states.md`.
+pub(crate) const MACHINE: MachineDoc = MachineDoc {
+    machine: "a guest's change (write, discard, zeroes)",
+    file: file!(),
+    owner: "`FilterQueue`, the front end's queue thread",
+    states: STATES,
+};
+const STATES: &[StateDoc] = &[
+    StateDoc {
+        state: "waiting",
+        limit: Limit::Setting(
+            "for the activity log: `stall_max` 50 ms; for a verify or a torn slot of sync that holds the range: `stall_max`; for earlier writes to the range: the device",
+        ),
+        exit: "handed to the device; past the log at its limit",
+    },
+    StateDoc { state: "writing", limit: Limit::None("the backing device's, as without us"), exit: "ticket, or mark" },
+    StateDoc { state: "zeroing", limit: Limit::None("the backing device's, as without us"), exit: "ticket, or mark" },
+    StateDoc { state: "moving", limit: Limit::Rest, exit: "within one call" },
+];
+const _: fn(&Stage) -> &StateDoc = |stage| match stage {
+    Stage::Waiting(_) => &STATES[0],
+    Stage::Writing => &STATES[1],
+    Stage::Zeroing(..) => &STATES[2],
+    Stage::Moving => &STATES[3],
+};
 
 enum Work {
     Write { buf: Buf, fua: bool },

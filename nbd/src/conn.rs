@@ -64,6 +64,32 @@ enum Phase {
     Dead,
 }
 
+/// For `docs/states.md`: each state of a connection, its longest stay, what ends it.
+pub const CONNECTION_STATES: [[&str; 3]; 4] = [
+    ["handshake", "`handshake_max` 10 s", "agreed, given up or refused; at the limit the connection is closed"],
+    [
+        "transmission",
+        "none: as long as the client keeps it; `connections_max` bounds them",
+        "disconnect, violation, stop",
+    ],
+    [
+        "leaving",
+        "none: requests below end and the client reads its replies; at a stop of the server `stop_grace` 2 s",
+        "all replies are out; the client is gone",
+    ],
+    [
+        "dead",
+        "none: what is in flight below ends, however long the disk takes: it has the buffers",
+        "nothing is in flight",
+    ],
+];
+const _: fn(&Phase) -> &[&str; 3] = |phase| match phase {
+    Phase::Haggle(_) => &CONNECTION_STATES[0],
+    Phase::Transmit => &CONNECTION_STATES[1],
+    Phase::Leaving => &CONNECTION_STATES[2],
+    Phase::Dead => &CONNECTION_STATES[3],
+};
+
 /// The payload being received: one part of a write.
 struct Fill<B> {
     slot: u16,

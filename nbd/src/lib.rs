@@ -24,6 +24,7 @@ mod stats;
 pub mod wire;
 mod worker;
 
+pub use conn::CONNECTION_STATES;
 pub use error::{Error, ErrorKind};
 pub use listen::{Address, Listen};
 pub use server::{Server, ServerConfig, ServerHandle};

@@ -14,6 +14,7 @@ mod log_mark;
 pub mod message;
 pub mod record;
 pub mod session;
+pub mod states;
 pub mod text;
 mod units;
 

@@ -182,6 +182,28 @@ pub(crate) enum CellState {
     Published = 3,
 }
 
+/// For `docs/states.md`: each state, its longest stay, what ends it.
+pub const CELL_STATES: [[&str; 3]; 4] = [
+    ["free", "at rest", "a queue reserves it"],
+    [
+        "filling",
+        "none: a guest sends its bytes; the connection's end, or the next process, gives it back",
+        "the write is handed to the backing device",
+    ],
+    [
+        "writing",
+        "none: the backing device's time; the range is named in shared memory all the while",
+        "ticket, or mark in `missing`",
+    ],
+    ["published", "none: the link's time; a full ring closes, and guests go on", "durable at the target"],
+];
+const _: fn(&CellState) -> &[&str; 3] = |state| match state {
+    CellState::Free => &CELL_STATES[0],
+    CellState::Filling => &CELL_STATES[1],
+    CellState::Writing => &CELL_STATES[2],
+    CellState::Published => &CELL_STATES[3],
+};
+
 /// The `state` word of a [`CellHeader`], in parts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct StateWord {

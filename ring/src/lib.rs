@@ -68,7 +68,7 @@ mod volumes;
 pub use capture_buf::CaptureBuf;
 pub use consumer::{CellRef, Consumer, Entry, ReopenError};
 pub use error::Error;
-pub use layout::{LAYOUT_VERSION, MAX_CELL_BYTES, MAX_VOLUMES};
+pub use layout::{CELL_STATES, LAYOUT_VERSION, MAX_CELL_BYTES, MAX_VOLUMES};
 pub use memory::Memory;
 pub use producer::{Closed, Full, Producer, Reservation};
 

@@ -62,8 +62,8 @@ pub use hash::{Hasher, is_zero};
 pub use level::LevelControl;
 pub use look::looks_random;
 pub use machine::{
-    DurableBatch, Entropy, LogFigures, LogNews, LogStart, Outgoing, Phase, StreamEvent, StreamLog, StreamStatus,
-    Streamer, StreamerConfig, bridge,
+    DurableBatch, Entropy, LogFigures, LogNews, LogStart, MACHINES, Outgoing, Phase, StreamEvent, StreamLog,
+    StreamStatus, Streamer, StreamerConfig, bridge,
 };
 pub use pack::{FramePlan, PackPlan, Packer};
 pub use seal::{Level, SealedBatch, Sealer, SegmentPool};

@@ -73,10 +73,8 @@ impl Error {
     /// From a failed disk call: `verb` (as in "append to") and the path.
     #[must_use]
     pub fn io(verb: &str, path: &Path, error: io::Error) -> Self {
-        let kind = match error.kind() {
-            io::ErrorKind::NotFound => Kind::NotFound,
-            _ => Kind::of(Trouble::of(&error)),
-        };
+        let missing = error.kind() == io::ErrorKind::NotFound;
+        let kind = if missing { Kind::NotFound } else { Kind::of(Trouble::of(&error)) };
         Self { kind, context: format!("{verb} {}: {error}", path.display()), source: Some(Box::new(error)) }
     }
 

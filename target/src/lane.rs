@@ -17,9 +17,9 @@ use crate::ingest::{BatchBuf, Denied, GROUP_BATCHES_MAX, Ingest};
 
 /// How long a batch may be missing while later ones are here. A connection that dropped one is found out much sooner;
 /// this ends the case in which one connection of a session stands still.
-const GAP_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often a stream that is paused for lack of space looks again.
-const PAUSE_RETRY: Duration = Duration::from_secs(1);
+pub(crate) const GAP_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a stream that is paused, for lack of space or of what the system lends, looks again.
+pub(crate) const PAUSE_RETRY: Duration = Duration::from_secs(1);
 /// How often a lease is considered.
 const LEASE_INTERVAL: Duration = Duration::from_secs(2);
 /// Free space at which a paused stream goes on: enough above [`PAUSE_FREE_BYTES`] that it does not pause at once again.

@@ -14,6 +14,7 @@ mod compare;
 pub mod counters;
 pub mod damage;
 mod entries;
+mod errno;
 mod error;
 pub mod group;
 mod growth;
@@ -28,6 +29,7 @@ mod scan;
 pub mod segment;
 pub mod segments;
 pub mod server;
+mod states;
 pub mod status;
 pub mod target;
 pub mod verify;
@@ -50,4 +52,6 @@ mod model_tests;
 #[cfg(test)]
 mod tests;
 
+pub use errno::DISK_ERRORS;
 pub use error::{Error, IoContext, Kind, Result};
+pub use states::MACHINES;

@@ -67,7 +67,6 @@ fn one_byte_of_the_source_is_found_and_repaired_on_request() {
 
             rig.sites.kill_agent();
             rig.sites.start_agent()?;
-            guest.reconnect()?;
             rig.until_agent_alarm("volume.differs")?;
             differs_at(rig, &[at_source])?;
 

@@ -1,6 +1,8 @@
 //! What the tests that run more than one crate share: harness and fuzz targets.
 #![forbid(unsafe_code)]
 
+#[cfg(test)]
+mod docs;
 pub mod fuzz;
 pub mod log_writes;
 pub mod partial_order;

@@ -100,6 +100,26 @@ pub enum DeviceState {
     Other(u16),
 }
 
+/// For `docs/states.md`: each state of a device, its longest stay, what ends it.
+pub const DEVICE_STATES: [[&str; 3]; 5] = [
+    ["dead", "at rest", "started or removed; `doctor --repair` removes what a crash left"],
+    ["live", "at rest", "stopped, or its server is gone"],
+    [
+        "quiesced",
+        "`worker_gap_max` 5 s, then the supervisor serves it without capture; longer only while a disk still has the dead server's I/O",
+        "the next server has recovered it",
+    ],
+    ["fail I/O", "as quiesced; not asked for by this agent", "the next server has recovered it"],
+    ["other", "none: a later kernel's", "that kernel's"],
+];
+const _: fn(&DeviceState) -> &[&str; 3] = |state| match state {
+    DeviceState::Dead => &DEVICE_STATES[0],
+    DeviceState::Live => &DEVICE_STATES[1],
+    DeviceState::Quiesced => &DEVICE_STATES[2],
+    DeviceState::FailIo => &DEVICE_STATES[3],
+    DeviceState::Other(_) => &DEVICE_STATES[4],
+};
+
 /// A device, as the kernel describes it.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceInfo {

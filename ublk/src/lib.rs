@@ -38,7 +38,7 @@ mod threads;
 
 pub use control::Control;
 pub use error::{Error, ErrorKind};
-pub use info::{DataPath, DeviceInfo, DeviceState, Features};
+pub use info::{DEVICE_STATES, DataPath, DeviceInfo, DeviceState, Features};
 pub use server::{Server, ServerConfig, ServerHandle, Stop};
 pub use stats::Stats;
 pub use threads::become_io_flusher;

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use farshore_proto::states::{Limit, MachineDoc, StateDoc};
 use farshore_proto::{Now, VolumeIndex};
 use farshore_ublk::dm::{Change, DevNo, Interposed, Interposer, Lower, Serve};
 use farshore_uring::FileDevice;
@@ -38,6 +39,36 @@ pub(crate) enum Place {
     /// There is none; to be tried again at this time.
     Out(Now),
 }
+
+/// For `docs/states.md`.
+pub(crate) const MACHINE: MachineDoc = MachineDoc {
+    machine: "a volume behind the device mapper",
+    file: file!(),
+    owner: "`Group`, the agent's watch thread and its admin threads, one at a time",
+    states: STATES,
+};
+const STATES: &[StateDoc] = &[
+    StateDoc {
+        state: "in the path",
+        limit: Limit::Rest,
+        exit: "taken out in order; another tool loads another table; the device is gone",
+    },
+    StateDoc {
+        state: "past (another table leads by it)",
+        limit: Limit::Setting("looked at every second"),
+        exit: "put into the path again, compared; alarm `volume.bypassed`",
+    },
+    StateDoc {
+        state: "out",
+        limit: Limit::Time(RETRY),
+        exit: "put into the path again, or tried again; users go on by their own table; alarm `volume.unavailable`",
+    },
+];
+const _: fn(&Place) -> &StateDoc = |place| match place {
+    Place::In(_) => &STATES[0],
+    Place::Past(_) => &STATES[1],
+    Place::Out(_) => &STATES[2],
+};
 
 /// What is known of writes past us when a volume is put into the path again.
 pub(crate) enum Trust {

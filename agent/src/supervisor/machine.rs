@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use farshore_proto::Now;
+use farshore_proto::states::{Limit, MachineDoc, StateDoc};
 
 /// Workers that fail one after the other before guests are served without one.
 const CRASHES_MAX: u32 = 3;
@@ -78,6 +79,44 @@ enum Worker {
         by_us: bool,
     },
 }
+
+/// For `docs/states.md`.
+pub(crate) const MACHINE: MachineDoc = MachineDoc {
+    machine: "the worker, as its supervisor sees it",
+    file: file!(),
+    owner: "`Machine`, the supervisor's main thread",
+    states: STATES,
+};
+const STATES: &[StateDoc] = &[
+    StateDoc {
+        state: "absent",
+        limit: Limit::Time(PAUSE_MAX),
+        exit: "the next start: at once, after crashes in a row later and later up to the limit; where guests wait, a pass-through after `worker_gap_max` (5 s) or three crashes, alarm `agent.bypassed`",
+    },
+    StateDoc {
+        state: "starting",
+        limit: Limit::Setting(
+            "`worker_gap_max` 5 s while guests wait, 120 s while a pass-through serves them; else none: nobody waits",
+        ),
+        exit: "ready; at the limit it is killed",
+    },
+    StateDoc {
+        state: "serving",
+        limit: Limit::Rest,
+        exit: "it ends; it does not take its requests for 2 s: killed; replaced; stopped",
+    },
+    StateDoc {
+        state: "ending",
+        limit: Limit::None("killed: the kernel's; told to stop: its own, it drains for 10 s, and disks must answer"),
+        exit: "it has ended",
+    },
+];
+const _: fn(&Worker) -> &StateDoc = |worker| match worker {
+    Worker::Absent { .. } => &STATES[0],
+    Worker::Starting { .. } => &STATES[1],
+    Worker::Serving { .. } => &STATES[2],
+    Worker::Ending { .. } => &STATES[3],
+};
 
 /// One supervisor's view of its worker. Performs no I/O.
 ///

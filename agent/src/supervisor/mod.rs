@@ -58,6 +58,7 @@ use self::admin::{Board, Request};
 use self::bypass::Bypass;
 use self::image::Image;
 pub(crate) use self::link::SupervisorLink;
+pub(crate) use self::machine::MACHINE;
 use self::machine::{End, Machine, Order};
 use self::roster::{Process, Roster};
 pub(crate) use self::roster::{RosterDisk, forget_bypassed, was_bypassed};

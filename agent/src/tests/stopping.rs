@@ -46,6 +46,7 @@ fn a_ring_that_is_gone_is_removed() {
         std::fs::remove_file(ring).expect("it is there");
     }
     agent.stop_within(NO_DRAIN).expect("stops in order");
+    drop(agent);
     // All of it was kept.
     let agent = rig.start().expect("starts");
     assert_eq!(agent.volumes().expect("runs").as_array().map(Vec::len), Some(1));

@@ -13,6 +13,7 @@ fn a_source_is_known_by_more_than_its_path() {
     let agent = rig.start().expect("starts");
     protect(&agent, &image, "g", "one").expect("protected");
     agent.stop_within(NO_DRAIN).expect("stops");
+    drop(agent);
     std::fs::rename(&image, &moved).expect("renamed");
 
     let agent = rig.start().expect("starts");
@@ -39,6 +40,7 @@ fn a_failed_protect_leaves_nothing() {
     assert_eq!(agent.status(None).expect("status"), serde_json::json!([]));
     assert!(agent.alarms().is_empty(), "{:?}", agent.alarms());
     agent.stop_within(NO_DRAIN).expect("stops");
+    drop(agent);
 
     // Nor does the next start make it.
     let agent = rig.start().expect("starts");

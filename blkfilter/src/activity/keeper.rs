@@ -5,6 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
+use farshore_proto::states::{Limit, MachineDoc, StateDoc};
 use farshore_proto::{GroupId, LogMark, SLOT_BYTES, VolumeIndex};
 use farshore_uring::StorageFile;
 
@@ -100,6 +101,30 @@ enum Place {
     /// Its owner has left, in memory; on disk it stands there until the place has another.
     Left,
 }
+
+/// For `docs/states.md`.
+pub(crate) const MACHINE: MachineDoc = MachineDoc {
+    machine: "a place of the activity log",
+    file: file!(),
+    owner: "`Keeper`, the thread `farshore-log`",
+    states: STATES,
+};
+const STATES: &[StateDoc] = &[
+    StateDoc { state: "empty", limit: Limit::Rest, exit: "an extent is written to" },
+    StateDoc {
+        state: "active",
+        limit: Limit::None(
+            "as long as it is written to, or not flushed, or neither durable at the target nor marked; guests that wait for a place go on after `stall_max`",
+        ),
+        exit: "places are short, its device was flushed, and all of it is durable or marked",
+    },
+    StateDoc { state: "left", limit: Limit::Rest, exit: "its owner is written to again, or another takes its place" },
+];
+const _: fn(&Place) -> &StateDoc = |place| match place {
+    Place::Empty => &STATES[0],
+    Place::Active => &STATES[1],
+    Place::Left => &STATES[2],
+};
 
 /// Flushes that are needed so that extents can leave; to be run on a thread of its own: it blocks.
 #[must_use = "extents cannot leave before it has run"]

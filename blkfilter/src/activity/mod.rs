@@ -40,6 +40,7 @@ use farshore_uring::{Errno, Waker, guest_errno};
 pub use format::is_log;
 pub use keeper::{FlushJob, Found, Keeper, KeeperConfig, Loaded, Turn};
 
+pub(crate) use keeper::MACHINE;
 use keeper::Order;
 
 /// Bytes of an extent.

@@ -29,12 +29,15 @@ use std::time::Duration;
 
 use farshore_proto::keys::DedupKey;
 use farshore_proto::message::Answers;
+use farshore_proto::states::{Limit, MachineDoc, StateDoc};
 use farshore_proto::{Now, Position, SLOT_BYTES, VolumeIndex};
 use farshore_ring::Producer;
 use farshore_uring::{BlockDevice, BufPool, Completion, Errno, Extent, FileSlot, Io};
 
 use self::claim::Claim;
+pub(crate) use self::slot::MACHINE as SLOT_MACHINE;
 use self::slot::{Job, Task};
+pub(crate) use self::verify::MACHINE as VERIFY_MACHINE;
 use self::verify::{CHECK, CHECKS, Verify};
 pub use self::verify::{DIFFERENCES_MAX, VerifyEvent, VerifyFound, VerifyOrder, VerifyProgress};
 use crate::range_lock::Owner;
@@ -85,6 +88,40 @@ pub enum SyncState {
     /// Comparing and sending.
     Running,
 }
+
+/// For `docs/states.md`.
+pub(crate) const MACHINE: MachineDoc = MachineDoc {
+    machine: "sync of a group (initial sync, resync)",
+    file: file!(),
+    owner: "`Syncer`, the group's sync thread",
+    states: STATES,
+};
+const STATES: &[StateDoc] = &[
+    StateDoc { state: "idle", limit: Limit::Rest, exit: "something is missing" },
+    StateDoc {
+        state: "no link",
+        limit: Limit::None("the link connects again by itself; alarms `link.down`, `group.resync`"),
+        exit: "a session is live",
+    },
+    StateDoc {
+        state: "closed",
+        limit: Limit::None("the link drains the ring; alarm `ring.closed`"),
+        exit: "the stream opens the ring again",
+    },
+    StateDoc {
+        state: "running",
+        limit: Limit::Setting(
+            "the volume at `sync_rate`; `status` tells the time left; a question without an answer is asked again after 60 s",
+        ),
+        exit: "nothing is missing",
+    },
+];
+const _: fn(&SyncState) -> &StateDoc = |state| match state {
+    SyncState::Idle => &STATES[0],
+    SyncState::NoLink => &STATES[1],
+    SyncState::Closed => &STATES[2],
+    SyncState::Running => &STATES[3],
+};
 
 /// How far sync is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use farshore_proto::record::Kind;
+use farshore_proto::states::{Limit, MachineDoc, StateDoc};
 use farshore_proto::{ChunkId, Now};
 use farshore_ring::Reservation;
 use farshore_uring::{Completion, Io, Op, Token};
@@ -70,6 +71,54 @@ enum Hold {
     /// Had it for too long.
     Expired,
 }
+
+/// For `docs/states.md`.
+pub(crate) const MACHINE: MachineDoc = MachineDoc {
+    machine: "a slot that sync reads",
+    file: file!(),
+    owner: "`Syncer`, the group's sync thread",
+    states: STATES,
+};
+const STATES: &[StateDoc] = &[
+    StateDoc {
+        state: "waiting for its range",
+        limit: Limit::None(
+            "the guest's writes before it end when the device answers; writes that come later wait behind it",
+        ),
+        exit: "granted",
+    },
+    StateDoc {
+        state: "reading, watched",
+        limit: Limit::None("the device's; nobody waits for it"),
+        exit: "sent or asked about; written to meanwhile: again, after three times under its lock",
+    },
+    StateDoc {
+        state: "reading, locked",
+        limit: Limit::Setting("`stall_max` 50 ms"),
+        exit: "sent; at the limit the lock is given back",
+    },
+    StateDoc {
+        state: "reading, expired",
+        limit: Limit::None("the device's; nobody waits for it"),
+        exit: "the device answers; tried again a second later",
+    },
+    StateDoc {
+        state: "pieces",
+        limit: Limit::None("16 reads of 4 KiB, the device's time each; nobody waits for it"),
+        exit: "sent, and what cannot be read as unreadable; alarm `volume.unreadable`",
+    },
+    StateDoc { state: "orphan", limit: Limit::None("the device's; the volume is gone"), exit: "the device answers" },
+    StateDoc { state: "over", limit: Limit::Rest, exit: "within one call" },
+];
+const _: fn(&Stage) -> &StateDoc = |stage| match stage {
+    Stage::Waiting(_) => &STATES[0],
+    Stage::Reading(Hold::Watched) => &STATES[1],
+    Stage::Reading(Hold::Locked(_)) => &STATES[2],
+    Stage::Reading(Hold::Expired) => &STATES[3],
+    Stage::Pieces { .. } => &STATES[4],
+    Stage::Orphan => &STATES[5],
+    Stage::Over => &STATES[6],
+};
 
 impl Task {
     /// The volume goes; the range to be unlocked, if it has or waits for its lock.

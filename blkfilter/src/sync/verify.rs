@@ -15,6 +15,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use farshore_proto::message::Answer;
+use farshore_proto::states::{Limit, MachineDoc, StateDoc};
 use farshore_proto::{ChunkId, Now, Position, SLOT_BYTES, VolumeIndex};
 use farshore_uring::{Completion, Io, Op, Token};
 
@@ -164,6 +165,38 @@ enum Stage {
     /// The volume or its pass is gone, and so is the lock.
     Orphan,
 }
+
+/// For `docs/states.md`.
+pub(crate) const MACHINE: MachineDoc = MachineDoc {
+    machine: "a slot that verify reads",
+    file: file!(),
+    owner: "`Syncer`, the group's sync thread",
+    states: STATES,
+};
+const STATES: &[StateDoc] = &[
+    StateDoc {
+        state: "waiting for its range",
+        limit: Limit::Setting("`stall_max` 50 ms"),
+        exit: "granted; at the limit its place in the line is given back, and the slot is tried again, 40 times in all, then skipped",
+    },
+    StateDoc {
+        state: "reading",
+        limit: Limit::Setting("`stall_max` 50 ms"),
+        exit: "its hash is in the stream; at the limit the lock is given back",
+    },
+    StateDoc {
+        state: "expired",
+        limit: Limit::None("the device's; nobody waits for it"),
+        exit: "the device answers; tried again",
+    },
+    StateDoc { state: "orphan", limit: Limit::None("the device's; nobody waits for it"), exit: "the device answers" },
+];
+const _: fn(&Stage) -> &StateDoc = |stage| match stage {
+    Stage::Waiting(_) => &STATES[0],
+    Stage::Reading => &STATES[1],
+    Stage::Expired => &STATES[2],
+    Stage::Orphan => &STATES[3],
+};
 
 #[derive(Clone, Copy, Debug)]
 struct Asked {

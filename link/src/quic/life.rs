@@ -1,5 +1,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
+use farshore_proto::states::{Limit, MachineDoc, StateDoc};
+
 use super::LinkSink;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -8,6 +10,32 @@ enum Stage {
     Up,
     Down,
 }
+
+/// For `docs/states.md`.
+pub const MACHINE: MachineDoc = MachineDoc {
+    machine: "session of the link, both ends",
+    file: file!(),
+    owner: "`Life`, the link's threads",
+    states: STATES,
+};
+const STATES: &[StateDoc] = &[
+    StateDoc {
+        state: "new",
+        limit: Limit::Setting("`connect_timeout` 5 s at the source, `hello_timeout` 10 s at the target"),
+        exit: "introduced and welcomed; at the limit the connection is closed, and the source tries again after 0.1 s, doubling to 5 s (60 s where a person must act)",
+    },
+    StateDoc {
+        state: "up",
+        limit: Limit::Setting("`idle_timeout` 15 s of silence; `stall_timeout` 30 s within a batch"),
+        exit: "either end closes, the limit, a newer session of the host",
+    },
+    StateDoc { state: "down", limit: Limit::Rest, exit: "the last: the next session is another one" },
+];
+const _: fn(&Stage) -> &StateDoc = |stage| match stage {
+    Stage::New => &STATES[0],
+    Stage::Up => &STATES[1],
+    Stage::Down => &STATES[2],
+};
 
 /// Puts the events of one session in order: none before `Up`, none after `Down`, one at a time.
 pub(crate) struct Life<E> {

@@ -26,6 +26,7 @@ pub(crate) mod transport;
 pub(crate) mod wire;
 
 pub use events::{LinkSink, SourceEvent, TargetEvent};
+pub use life::MACHINE;
 pub use recv::{HEADROOM_BYTES, RecvBuf, RecvLease};
 pub use settings::{Congestion, SourceLinkConfig, TargetLimits, Transport};
 pub use source::{BatchBytes, LinkStats, SourceLink, Unsent};

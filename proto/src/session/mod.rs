@@ -8,3 +8,6 @@ mod target;
 pub use chain::{ChainCheck, Resume, SourceTail, Verdict, resume};
 pub use source::{SourceConfig, SourceEvent, SourceSession};
 pub use target::{TargetEvent, TargetSession};
+
+/// For `docs/states.md`.
+pub const MACHINES: &[crate::states::MachineDoc] = &[source::MACHINE, target::MACHINE];

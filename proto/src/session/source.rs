@@ -4,6 +4,7 @@ use std::time::Duration;
 use crate::batch::VolumeDecl;
 use crate::keys::{AnswerKey, HostKey};
 use crate::message::{Answers, Hello, Lease, RefuseCode, SourceMessage, TargetMessage, Welcome};
+use crate::states::{Limit, MachineDoc, StateDoc};
 use crate::{BatchNo, ChainHash, Error, Generation, GroupId, Incarnation, Name, Now, Result, VaultId, WallTime};
 
 /// How long an answer to [`Hello`] may take before the connection is given up: a live target answers within a round trip;
@@ -55,6 +56,42 @@ enum State {
     Live,
     Refused,
 }
+
+/// For `docs/states.md`.
+pub(crate) const MACHINE: MachineDoc = MachineDoc {
+    machine: "session, source's end",
+    file: file!(),
+    owner: "`SourceSession`, the stream's thread",
+    states: STATES,
+};
+const STATES: &[StateDoc] = &[
+    StateDoc {
+        state: "down",
+        limit: Limit::None("the link connects again by itself; alarm `link.down`"),
+        exit: "a link session is up",
+    },
+    StateDoc {
+        state: "greeting",
+        limit: Limit::Time(WELCOME_TIMEOUT),
+        exit: "welcome or refusal; at the limit the link's session is dropped",
+    },
+    StateDoc {
+        state: "live",
+        limit: Limit::Time(PONG_TIMEOUT),
+        exit: "the connection is gone, or a refusal; the limit is for an unanswered ping (one a second), then the link's session is dropped",
+    },
+    StateDoc {
+        state: "refused",
+        limit: Limit::Setting("1 s, doubling to 60 s"),
+        exit: "the streamer greets anew; alarm `target.refused`",
+    },
+];
+const _: fn(&State) -> &StateDoc = |state| match state {
+    State::Down => &STATES[0],
+    State::Greeting => &STATES[1],
+    State::Live => &STATES[2],
+    State::Refused => &STATES[3],
+};
 
 /// What the session tells the streamer.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -3,6 +3,7 @@ use std::collections::VecDeque;
 use crate::batch::VolumeDecl;
 use crate::keys::AnswerKey;
 use crate::message::{Answers, Hello, Lease, RefuseCode, SourceMessage, TargetMessage, Welcome};
+use crate::states::{Limit, MachineDoc, StateDoc};
 use crate::{BatchNo, ChainHash, Error, Incarnation, KeyEpoch, Result, VaultId, WallTime};
 
 /// Target half of one replication session. Performs no I/O.
@@ -25,6 +26,42 @@ enum State {
     Live,
     Ended,
 }
+
+/// For `docs/states.md`.
+pub(crate) const MACHINE: MachineDoc = MachineDoc {
+    machine: "session, target's end",
+    file: file!(),
+    owner: "`TargetSession`, the target's front thread until it is greeted, then the stream's lane",
+    states: STATES,
+};
+const STATES: &[StateDoc] = &[
+    StateDoc {
+        state: "fresh",
+        limit: Limit::Setting("30 s (`GREETING_MAX` of the target)"),
+        exit: "the greeting; at the limit the target closes the session",
+    },
+    StateDoc {
+        state: "greeted",
+        limit: Limit::None("the lane's next turn, which may wait for its disk; the source gives up after 30 s"),
+        exit: "welcome or refusal",
+    },
+    StateDoc {
+        state: "live",
+        limit: Limit::None("the link ends it after 15 s of silence"),
+        exit: "the connection is gone, a newer session of the host, a refusal",
+    },
+    StateDoc {
+        state: "ended",
+        limit: Limit::Setting("1 s (`CLOSE_GRACE` of the target)"),
+        exit: "the session is closed",
+    },
+];
+const _: fn(&State) -> &StateDoc = |state| match state {
+    State::Fresh => &STATES[0],
+    State::Greeted => &STATES[1],
+    State::Live => &STATES[2],
+    State::Ended => &STATES[3],
+};
 
 /// What the source said.
 #[derive(Clone, PartialEq, Eq, Debug)]

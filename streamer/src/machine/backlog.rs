@@ -70,7 +70,7 @@ pub struct LogFigures {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Line {
+pub(super) enum Line {
     None,
     /// The agent records that there is one, or that there is none any more.
     Asked,

@@ -6,6 +6,7 @@ mod deliver;
 mod form;
 mod meter;
 mod resume;
+mod states;
 mod status;
 mod window;
 
@@ -29,6 +30,7 @@ use self::backlog::{Backlog, Base};
 pub use self::backlog::{LogFigures, LogNews, LogStart, bridge};
 pub use self::config::{Entropy, StreamLog, StreamerConfig};
 use self::meter::Meter;
+pub use self::states::MACHINES;
 pub use self::status::{Phase, StreamStatus};
 use self::window::Slot;
 

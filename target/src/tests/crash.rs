@@ -266,10 +266,13 @@ fn every_error_of_the_journals_disk_has_its_end() {
         assert!(failed.load(Ordering::Relaxed) > 0, "{errno_name}: nothing was written");
         assert_eq!(source.acked, acked, "{errno_name}: acknowledged without being there");
         let codes: Vec<_> = target.alarm_list().iter().map(|alarm| alarm.code.as_str()).collect();
-        let code = match Kind::of(trouble) {
-            Kind::NoSpace => "target.disk_full",
-            Kind::NoResources => "target.no_resources",
-            _ => "journal.sync_failed",
+        let kind = Kind::of(trouble);
+        let code = if kind == Kind::NoSpace {
+            "target.disk_full"
+        } else if kind == Kind::NoResources {
+            "target.no_resources"
+        } else {
+            "journal.sync_failed"
         };
         assert_eq!(codes, [code], "{errno_name}");
         if trouble.passes() {

@@ -72,7 +72,7 @@ fn a_full_disk_pauses_replication_and_loses_nothing() {
             rig.bookmark("before")?;
             let before = guest.model().to_vec();
             let free = 768 * MIB - used(&disk)?;
-            rig.expect_errors(&["no space"]);
+            rig.expect_errors(&["no space", "are free on the target's disk"]);
             disk.fill(free - 16 * MIB)?;
             let mut place = 0;
             let alarm = until("the target says that its disk is full", || {
@@ -121,7 +121,7 @@ fn a_target_killed_with_a_full_disk_comes_back() {
             let (_, socket, model) = rig.protect(16 * MIB, 71)?;
             let mut guest = Guest::new(&socket, model, 72)?;
             rig.wait()?;
-            rig.expect_errors(&["no space"]);
+            rig.expect_errors(&["no space", "are free on the target's disk"]);
             disk.fill(768 * MIB - used(&disk)? - 8 * MIB)?;
             let mut place = 0;
             until("the disk is full", || {

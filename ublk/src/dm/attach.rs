@@ -66,6 +66,38 @@ impl Step {
         [Self::LoadUpper, Self::Swap, Self::Verify, Self::StopServing, Self::RemoveLower, Self::Done];
 }
 
+const ATTACH_LIMIT: &str = "the lock on the upper 30 s; commands of the device mapper do not wait for I/O";
+const SWAP_LIMIT: &str = "the disk: suspending the upper waits for the I/O that is under way";
+const SERVE_LIMIT: &str = "30 s to the threads' start, 10 s to 90 s a command of the driver";
+const UNDONE: &str = "the next step; an error or a crash undoes what was done, the original table stays or comes back";
+/// For `docs/states.md`: each step of an attach or detach, its longest stay, what ends it.
+pub const STEPS: [[&str; 3]; 11] = [
+    ["create lower", ATTACH_LIMIT, UNDONE],
+    ["load lower", ATTACH_LIMIT, UNDONE],
+    ["resume lower", ATTACH_LIMIT, UNDONE],
+    ["serve", SERVE_LIMIT, UNDONE],
+    ["record", ATTACH_LIMIT, UNDONE],
+    ["load upper", ATTACH_LIMIT, UNDONE],
+    ["swap", SWAP_LIMIT, UNDONE],
+    ["verify", ATTACH_LIMIT, UNDONE],
+    ["stop serving", SERVE_LIMIT, "the next step; what is left is taken apart by the next start or `doctor --repair`"],
+    ["remove lower", "5 s until its users have closed it", "the next step; left over, as above"],
+    ["done", "at rest", "the last"],
+];
+const _: fn(&Step) -> &[&str; 3] = |step| match step {
+    Step::CreateLower => &STEPS[0],
+    Step::LoadLower => &STEPS[1],
+    Step::ResumeLower => &STEPS[2],
+    Step::Serve => &STEPS[3],
+    Step::Record => &STEPS[4],
+    Step::LoadUpper => &STEPS[5],
+    Step::Swap => &STEPS[6],
+    Step::Verify => &STEPS[7],
+    Step::StopServing => &STEPS[8],
+    Step::RemoveLower => &STEPS[9],
+    Step::Done => &STEPS[10],
+};
+
 /// An upper with a device of ours below it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]

@@ -48,7 +48,7 @@ mod stub;
 mod sys;
 mod table;
 
-pub use attach::{Change, Interposed, Interposer, Step};
+pub use attach::{Change, Interposed, Interposer, STEPS, Step};
 pub use leftovers::{Leftover, LeftoverKind, Repaired};
 pub use node::DevNo;
 pub use serve::{Lower, PassThrough, Serve};
