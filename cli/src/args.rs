@@ -205,6 +205,9 @@ pub(crate) enum Command {
     /// Look into journal files.
     #[command(subcommand)]
     Journal(JournalCommand),
+    /// Look into an agent's activity log or disk log.
+    #[command(subcommand)]
+    Log(LogCommand),
     /// Measure the published figures.
     #[command(after_help = "Example:\n  farshore bench list\n  farshore bench guest --seconds 60 --dir /mnt/scratch")]
     Bench(crate::bench::BenchArgs),
@@ -621,5 +624,22 @@ pub(crate) enum JournalCommand {
         /// Identity bundle of a target: also opens every record list and checks the chain.
         #[arg(long)]
         identity: Option<PathBuf>,
+    },
+}
+
+/// `log …`
+#[derive(Debug, Subcommand)]
+pub(crate) enum LogCommand {
+    /// Print what an activity log or a disk log holds.
+    #[command(after_help = "Example:\n  farshore log dump /var/lib/farshore/activity.log")]
+    Dump {
+        /// File or block device.
+        path: PathBuf,
+    },
+    /// Check every byte of an activity log or a disk log. While its agent runs, what is written meanwhile may seem damaged.
+    #[command(after_help = "Example:\n  farshore log verify /dev/vg0/farshore-log")]
+    Verify {
+        /// File or block device.
+        path: PathBuf,
     },
 }

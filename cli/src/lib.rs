@@ -13,6 +13,7 @@ mod demo;
 mod doctor;
 pub mod failure;
 mod journal;
+mod logs;
 mod notify;
 mod output;
 pub mod sites;
@@ -52,6 +53,7 @@ fn run(command: Command, output: &Output) -> anyhow::Result<()> {
         Command::Target(TargetCommand::Run(args)) => target_run::run(args),
         Command::Target(TargetCommand::ResumeRetention { socket }) => views::resume_retention(&socket, output),
         Command::Journal(command) => journal::run(command, output),
+        Command::Log(command) => logs::run(command, output),
         Command::Bench(args) => bench::run(&args, output),
         Command::Doctor(args) => doctor::run(&args, output),
         Command::InstallUnits(args) => boot::install(&args, output),

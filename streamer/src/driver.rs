@@ -430,7 +430,9 @@ impl Driver {
             let recorded = match &order {
                 LogOrder::Begin => self.capture.log_begins(log.line),
                 LogOrder::End | LogOrder::GiveUp => self.capture.log_ends(),
-                LogOrder::Append { .. } | LogOrder::Load { .. } | LogOrder::Trim { .. } => true,
+                LogOrder::Append { .. } | LogOrder::Load { .. } | LogOrder::Trim { .. } | LogOrder::Probe { .. } => {
+                    true
+                }
             };
             if !recorded {
                 log.pending = Some((now.plus(RECORD_RETRY), order));
@@ -448,7 +450,7 @@ impl Driver {
                     log.line = next;
                     self.streamer.handle_log_ended();
                 }
-                LogOrder::Append { .. } | LogOrder::Load { .. } | LogOrder::Trim { .. } => {
+                LogOrder::Append { .. } | LogOrder::Load { .. } | LogOrder::Trim { .. } | LogOrder::Probe { .. } => {
                     if let Err(ToWorker::Order(order)) = log.worker.give(ToWorker::Order(order)) {
                         log.pending = Some((now.plus(LOOK_INTERVAL), order));
                         return;

@@ -137,6 +137,13 @@ fn after_a_power_cut_what_was_active_is_compared() {
     });
 }
 
+fn dumps_an_extent(rig: &Rig, log: &str) -> Result<bool> {
+    let dump: serde_json::Value = serde_json::from_str(&rig.cli(&["log", "dump", log, "--json"])?.ok()?)?;
+    let extents = dump["extents"].as_array().context("a list")?;
+    let active = extents.iter().filter(|extent| extent["slots"].is_null());
+    Ok(active.clone().count() > 0 && dump["active"].as_u64() == Some(active.count() as u64))
+}
+
 /// Goal: a log that cannot be relied on, or a volume that was changed since the host's start, has everything compared, and that is said.
 /// Method: the log's newest blocks are overwritten; it is removed; the image is changed after the start.
 #[test]
@@ -151,6 +158,13 @@ fn without_evidence_everything_is_compared() {
                 "damaged" => device::patch(&log, 4096, &vec![0xa5; 64 * 4096])?,
                 "removed" => std::fs::remove_file(&log).context("remove the log")?,
                 _ => {}
+            }
+            let shown = log.to_str().context("a path in ASCII")?;
+            let verified = rig.cli(&["log", "verify", shown])?;
+            match case {
+                "damaged" => verified.refused(1, "everything is compared", true)?,
+                "removed" => verified.refused(3, "no such file", false)?,
+                _ => ensure!(verified.ok()?.contains("whole at transaction") && dumps_an_extent(rig, shown)?),
             }
             rig.sites.link().heal();
             rig.sites.start_agent()?;

@@ -1,10 +1,13 @@
 //! An outage that is longer than the ring: what the guests write waits in the disk log, in order.
 
+use std::path::Path;
+
 use anyhow::{Context, Result, ensure};
 use farshore_cli::sites::SitesConfig;
 use serde_json::json;
 
 use crate::activity::Host;
+use crate::faults::disk::BadDisk;
 use crate::support::rig::{GROUP, start_in_vain};
 use crate::support::{Guest, MIB, Rig, device, until};
 
@@ -62,6 +65,29 @@ fn is_over(rig: &Rig) -> Result<()> {
     })
 }
 
+/// The commands that look into a log name its batches, and a flipped byte in any of them.
+fn people_can_look(rig: &Rig) -> Result<()> {
+    let log = rig.dir().join("disk.log");
+    let shown = |path: &Path| path.to_str().map(str::to_owned).context("a path in ASCII");
+    let path = shown(&log)?;
+    let dump = rig.cli(&["log", "dump", &path])?.ok()?;
+    ensure!(dump.contains("first") && dump.contains("second") && dump.contains("recoverable"), "{dump}");
+    rig.cli(&["log", "verify", &path])?.ok()?;
+    let list = rig.cli(&["log", "dump", &path, "--json"])?.ok()?;
+    let list: serde_json::Value = serde_json::from_str(&list)?;
+    let entries = list["lines"][0]["entries"].as_array().context("a list")?;
+    ensure!(list["batches"].as_u64() == Some(entries.len() as u64) && entries.len() > 4, "{list}");
+    let bad = rig.dir().join("bad.log");
+    std::fs::copy(&log, &bad)?;
+    // Inside of the first segment's first batch.
+    device::flip(&bad, 4096 + 4096 + entries[0]["at"].as_u64().context("a number")? + 4096 + 100)?;
+    rig.cli(&["log", "verify", &shown(&bad)?])?.refused(1, "damaged", true)?;
+    device::flip(&bad, 64)?;
+    rig.cli(&["log", "dump", &shown(&bad)?])?.refused(1, "first block is damaged", true)?;
+    rig.cli(&["log", "dump", &shown(&rig.dir().join("source.img"))?])?.refused(1, "neither", true)?;
+    rig.cli(&["log", "dump", &shown(&rig.dir().join("none.log"))?])?.refused(3, "no such file", false)
+}
+
 /// Goal: no write and no point of an outage is lost, order is kept, nothing is compared, whatever becomes of the agent's process in between.
 #[test]
 fn an_outage_longer_than_the_ring_loses_no_point() {
@@ -86,6 +112,7 @@ fn an_outage_longer_than_the_ring_loses_no_point() {
         // Stopped: what is in the ring goes there, too, and order and points go on with the next ring.
         guest.leave()?;
         rig.sites.stop_agent()?;
+        people_can_look(rig)?;
         rig.sites.start_agent()?;
         guest.reconnect()?;
         ensure!(rig.status()?["missing_bytes"] == 0, "{}", rig.status()?);
@@ -186,6 +213,51 @@ fn a_full_log_falls_back_to_extents() {
         ensure!(rig.agent_alarm("disk-log.full")?.is_none());
         guest.verify()
     });
+}
+
+/// Goal: a log whose disk hangs, or fails, keeps no guest: their writes go on, into the ring and then into the extents, with an alarm; and all of it
+/// ends by itself. Method: the log lies on a file system that is frozen, or whose blocks cannot be written.
+#[test]
+fn a_log_on_a_bad_disk_keeps_no_guest() {
+    for hangs in [true, false] {
+        let bad = BadDisk::mount(384 * MIB).expect("a disk that can be told to fail");
+        let configure = |config: &mut SitesConfig| {
+            config.ring = 8 * MIB;
+            config.agent_toml = format!("log = {:?}\nlog_size = '256MiB'\n", bad.path().join("disk.log"));
+        };
+        Rig::test(configure, |rig| {
+            let (_, socket, model) = rig.protect(SIZE, 71)?;
+            let mut guest = Guest::new(&socket, model, 72)?;
+            rig.wait()?;
+            rig.sites.link().cut();
+            if hangs {
+                bad.hang()?;
+            } else {
+                rig.expect_errors(&["disk log"]);
+                bad.fail()?;
+            }
+            // Far more than the ring holds, each write answered before the next: none waits for the log.
+            for at in 0..96 {
+                guest.noise(at * 256 * 1024 % SIZE, 256 * 1024)?;
+            }
+            guest.flush()?;
+            let text = rig.until_agent_alarm("disk-log.failed")?;
+            ensure!(text.contains("has not answered") == hangs, "{text}");
+            until("the ring is closed", || Ok((rig.status()?["tier"] == "extents").then_some(())))?;
+            guest.verify()?;
+            if hangs {
+                bad.go_on()?;
+            } else {
+                bad.heal()?;
+            }
+            rig.sites.link().heal();
+            rig.wait()?;
+            rig.check_point("latest", guest.model())?;
+            is_over(rig)?;
+            until("the alarm is over", || Ok(rig.agent_alarm("disk-log.failed")?.is_none().then_some(())))?;
+            guest.leave()
+        });
+    }
 }
 
 #[test]

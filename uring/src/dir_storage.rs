@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Seek as _, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
@@ -244,7 +244,8 @@ impl StorageFile for DirFile {
 
     fn len(&self) -> io::Result<u64> {
         match &self.0 {
-            Inner::File(plain) => Ok(plain.file.metadata()?.len()),
+            // Of a block device, opened by its name, the metadata has none.
+            Inner::File(plain) => (&plain.file).seek(SeekFrom::End(0)),
             Inner::Device(device) => Ok(device.size()),
         }
     }

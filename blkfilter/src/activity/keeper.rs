@@ -72,6 +72,18 @@ impl Loaded {
     pub fn active(&self) -> usize {
         self.active.len()
     }
+
+    /// Which they are.
+    #[must_use]
+    pub fn active_extents(&self) -> &[Extent] {
+        &self.active
+    }
+
+    /// Extents of which some slots are marked, with a bit for each slot.
+    #[must_use]
+    pub fn marked_extents(&self) -> &[(Extent, u64)] {
+        &self.marks
+    }
 }
 
 /// What a turn came to.
@@ -215,7 +227,7 @@ impl<F: StorageFile> Keeper<F> {
     /// # Errors
     /// The file cannot be read; it holds the log of another owner, or of a newer version (both as `InvalidData`): nothing is touched then.
     pub fn open(file: Arc<F>, config: KeeperConfig, random: ([u8; 16], u64)) -> io::Result<(Self, Loaded)> {
-        let read = read(&*file, &config)?;
+        let read = read(&*file, Some(config.owner))?;
         let (new_id, session) = random;
         let loaded = read.loaded;
         let places = config.places.clamp(*PLACES.start(), *PLACES.end());
@@ -732,6 +744,7 @@ fn not_sound() -> io::Error {
 
 struct ReadLog {
     id: Option<[u8; 16]>,
+    owner: [u8; 16],
     places: u32,
     number: u64,
     table: Vec<Option<Extent>>,
@@ -742,11 +755,49 @@ struct ReadLog {
 
 fn nothing(found: Found) -> ReadLog {
     let loaded = Loaded { found, lives: Vec::new(), active: Vec::new(), marks: Vec::new() };
-    ReadLog { id: None, places: 0, number: 0, table: Vec::new(), marks: Marks::default(), rotten: Vec::new(), loaded }
+    ReadLog {
+        id: None,
+        owner: [0; 16],
+        places: 0,
+        number: 0,
+        table: Vec::new(),
+        marks: Marks::default(),
+        rotten: Vec::new(),
+        loaded,
+    }
 }
 
-/// Reads a log. Rules: `docs/formats/activity-log.md`.
-fn read(file: &impl StorageFile, config: &KeeperConfig) -> io::Result<ReadLog> {
+/// An activity log as it lies there, for people.
+#[derive(Debug)]
+pub struct Look {
+    /// Whose it is.
+    pub owner: [u8; 16],
+    /// Extents that can be active.
+    pub places: u32,
+    /// Number of the newest transaction that counts.
+    pub number: u64,
+    /// What an agent that starts after a crash of the host would find.
+    pub loaded: Loaded,
+    /// Blocks of transactions that are damaged, or newer than what counts, as after a write that was cut off; the log is whole nevertheless.
+    pub rotten: Vec<u64>,
+}
+
+/// Reads a log, whoever owns it, and writes nothing. Of a log in use it tells what it saw on its way.
+///
+/// # Errors
+/// The file cannot be read; `InvalidData`: it holds none, one of a newer version, or one that cannot be relied on, with the reason.
+pub fn look(file: &impl StorageFile) -> io::Result<Look> {
+    let invalid = |text: String| io::Error::new(io::ErrorKind::InvalidData, text);
+    let ReadLog { owner, places, number, rotten, loaded, .. } = read(file, None)?;
+    match &loaded.found {
+        Found::Whole => Ok(Look { owner, places, number, loaded, rotten }),
+        Found::New => Err(invalid("holds no activity log, or one that was never begun".into())),
+        Found::Damaged(reason) => Err(invalid(format!("{reason}: after a crash of the host everything is compared"))),
+    }
+}
+
+/// Reads a log, of anybody or of `owner` only. Rules: `docs/formats/activity-log.md`.
+fn read(file: &impl StorageFile, owner: Option<[u8; 16]>) -> io::Result<ReadLog> {
     let invalid = |text: String| Err(io::Error::new(io::ErrorKind::InvalidData, text));
     let damaged = |text: &str| Ok(nothing(Found::Damaged(text.to_owned())));
     let len = file.len()?;
@@ -762,7 +813,7 @@ fn read(file: &impl StorageFile, config: &KeeperConfig) -> io::Result<ReadLog> {
         Err(version) => return invalid(format!("is an activity log of version {version}, this build reads 1")),
         Ok(Read::Empty) => return Ok(nothing(Found::New)),
         Ok(Read::Damaged) => return damaged("its first block is damaged, or it is no activity log"),
-        Ok(Read::Whole(superblock)) if superblock.owner != config.owner => {
+        Ok(Read::Whole(superblock)) if owner.is_some_and(|owner| superblock.owner != owner) => {
             return invalid("is the activity log of another host".into());
         }
         Ok(Read::Whole(superblock)) if !PLACES.contains(&superblock.places) => {
@@ -807,7 +858,8 @@ fn read(file: &impl StorageFile, config: &KeeperConfig) -> io::Result<ReadLog> {
         Read::Whole(transaction) => transaction.at.number > newest.at.number,
     };
     let rotten = (0..).zip(&blocks).filter(|(_, block)| is_rotten(block)).map(|(number, _)| number).collect();
-    Ok(ReadLog { id: Some(id), places: superblock.places, number: newest.at.number, table, marks, rotten, loaded })
+    let Superblock { owner, places, .. } = superblock;
+    Ok(ReadLog { id: Some(id), owner, places, number: newest.at.number, table, marks, rotten, loaded })
 }
 
 /// The transaction of this number, if it is still in the ring.

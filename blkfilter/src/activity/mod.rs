@@ -38,7 +38,7 @@ use farshore_ring::{Bitmap, Ring};
 use farshore_uring::{Errno, Waker, guest_errno};
 
 pub use format::is_log;
-pub use keeper::{FlushJob, Found, Keeper, KeeperConfig, Loaded, Turn};
+pub use keeper::{FlushJob, Found, Keeper, KeeperConfig, Loaded, Look, Turn, look};
 
 pub(crate) use keeper::MACHINE;
 use keeper::Order;

@@ -12,6 +12,7 @@
 //! Not durable are trims: after a crash batches may be there again that the target has. They are known by their numbers.
 
 mod format;
+mod look;
 mod worker;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -27,6 +28,7 @@ use crate::source::StreamFlags;
 
 use self::format::{BLOCK, EntryHeader, Read, SegmentHeader, Superblock, entry_end};
 pub use self::format::{Line, is_disk_log};
+pub use self::look::{Look, LookEntry, LookLine, look};
 pub use self::worker::{LogDone, LogOrder};
 pub(crate) use self::worker::{LogWorker, ToWorker};
 
@@ -192,20 +194,12 @@ impl<F: StorageFile> DiskLog<F> {
         if let Some(damage) = lost {
             return Err(damage);
         }
-        let mut runs: Vec<Vec<(u64, u32, SegmentHeader)>> = Vec::new();
-        for (index, (number, header)) in kept {
-            match runs.last_mut().filter(|run| run.last().is_some_and(|(last, ..)| last + 1 == index)) {
-                Some(run) => run.push((index, number, header)),
-                None => runs.push(vec![(index, number, header)]),
-            }
-        }
+        let mut runs = runs(kept);
         // Before a gap: given back once. Behind one: taken when the crash came, and nothing was written there yet.
         let mut free: Vec<u32> = Vec::new();
         let mut read = Ok(Vec::new());
         while let Some(run) = runs.pop() {
-            let first = run[0].2.first;
-            group.next_index = run[run.len() - 1].0 + 1;
-            group.segments = run.iter().map(|(_, number, _)| *number).collect();
+            let first = group.stand_on(&run);
             if group.holds_something(first)? || runs.is_empty() {
                 read = group.read(first);
                 break;
@@ -226,6 +220,18 @@ impl<F: StorageFile> DiskLog<F> {
     fn body(&self) -> u64 {
         self.superblock.segment - BLOCK as u64
     }
+}
+
+/// Segments of a line, in rows without gaps.
+fn runs(kept: BTreeMap<u64, (u32, SegmentHeader)>) -> Vec<Vec<(u64, u32, SegmentHeader)>> {
+    let mut runs: Vec<Vec<(u64, u32, SegmentHeader)>> = Vec::new();
+    for (index, (number, header)) in kept {
+        match runs.last_mut().filter(|run| run.last().is_some_and(|(last, ..)| last + 1 == index)) {
+            Some(run) => run.push((index, number, header)),
+            None => runs.push(vec![(index, number, header)]),
+        }
+    }
+    runs
 }
 
 fn geometry(size: u64, owner: HostId) -> io::Result<Superblock> {
@@ -271,6 +277,18 @@ struct Stored {
     at: u64,
     len: u64,
     hash: [u8; 32],
+}
+
+/// What stands in a row of segments.
+struct Scan {
+    batches: Vec<LoggedBatch>,
+    entries: VecDeque<Stored>,
+    /// Behind the last.
+    tail: u64,
+    /// Everything up to this one is known to have been durable.
+    synced: BatchNo,
+    /// The first that is not there, or not whole; and something of it is.
+    rotten: Option<String>,
 }
 
 /// One group's line. Its one user is a thread that may wait for the disk.
@@ -345,6 +363,22 @@ impl<F: StorageFile> GroupLog<F> {
         self.log.file.sync()?;
         self.synced = self.entries.back().map_or(self.synced, |entry| entry.number);
         Ok(())
+    }
+
+    /// Writes where nothing is kept, to see whether that can be done.
+    pub(crate) fn probe(&self) -> io::Result<()> {
+        let free = self.log.pool().free.pop_front();
+        if let Some(number) = free {
+            let at = segment_at(&self.log.superblock, number);
+            let written = self
+                .log
+                .file
+                .write_at(&[0; BLOCK], at)
+                .and_then(|()| self.log.file.write_at(&[0; BLOCK], at + BLOCK as u64));
+            self.log.pool().free.push_back(number);
+            written?;
+        }
+        self.log.file.sync()
     }
 
     /// Number of the last batch in it.
@@ -472,6 +506,13 @@ impl<F: StorageFile> GroupLog<F> {
         Ok(bytes)
     }
 
+    /// Takes a row of segments for its own; gives the address of the first entry.
+    fn stand_on(&mut self, run: &[(u64, u32, SegmentHeader)]) -> u64 {
+        self.next_index = run[run.len() - 1].0 + 1;
+        self.segments = run.iter().map(|(_, number, _)| *number).collect();
+        run[0].2.first
+    }
+
     /// Something of this line begins at `first`.
     fn holds_something(&self, first: u64) -> Result<bool, Damage> {
         if entry_end(first, 0) > self.next_index * self.log.body() {
@@ -483,49 +524,53 @@ impl<F: StorageFile> GroupLog<F> {
         Ok(EntryHeader::decode(block, &self.log.superblock.id, &self.line, first) != Read::None)
     }
 
-    /// What the line holds from the entry at `first` on.
-    fn read(&mut self, first: u64) -> Result<Vec<LoggedBatch>, Damage> {
-        let failed = |error: io::Error| Damage(format!("it cannot be read: {error}"));
+    /// Goes from entry to entry, from the one at `first` on.
+    fn scan(&self, first: u64) -> io::Result<Scan> {
         let id = self.log.superblock.id;
         let end = self.next_index * self.log.body();
-        let mut batches: Vec<LoggedBatch> = Vec::new();
-        let mut synced = BatchNo(0);
-        self.tail = first;
-        // The first that is not there, or not whole; and whether something of it is.
-        let mut rotten = None;
-        while entry_end(self.tail, 0) <= end {
-            let block = self.read_bytes(self.tail, BLOCK as u64).map_err(failed)?;
+        let mut scan =
+            Scan { batches: Vec::new(), entries: VecDeque::new(), tail: first, synced: BatchNo(0), rotten: None };
+        while entry_end(scan.tail, 0) <= end {
+            let block = self.read_bytes(scan.tail, BLOCK as u64)?;
             let block: &[u8; BLOCK] = block.as_slice().try_into().expect("read so much");
-            let header = match EntryHeader::decode(block, &id, &self.line, self.tail) {
+            let header = match EntryHeader::decode(block, &id, &self.line, scan.tail) {
                 Read::Whole(header) => header,
                 Read::None => break,
                 Read::Damaged => {
-                    rotten = Some(format!("the entry at {} is damaged", self.tail));
+                    scan.rotten = Some(format!("the entry at {} is damaged", scan.tail));
                     break;
                 }
             };
             let EntryHeader { batch, hash, restart, synced: known, .. } = header;
             if restart {
                 // What it knows of those before does not matter any more.
-                batches.clear();
-                self.entries.clear();
-                synced = BatchNo(0);
+                scan.batches.clear();
+                scan.entries.clear();
+                scan.synced = BatchNo(0);
             } else {
-                synced = synced.max(known);
+                scan.synced = scan.synced.max(known);
             }
-            let follows = batches.last().is_none_or(|last| {
+            let follows = scan.batches.last().is_none_or(|last| {
                 batch.number == last.number.next()
                     && batch.previous == last.chain
                     && batch.incarnation >= last.incarnation
             });
             if !follows {
-                rotten = Some(format!("batch {} does not follow its predecessor", batch.number));
+                scan.rotten = Some(format!("batch {} does not follow its predecessor", batch.number));
                 break;
             }
-            self.entries.push_back(Stored { number: batch.number, at: self.tail, len: batch.len, hash });
-            self.tail = entry_end(self.tail, batch.len);
-            batches.push(batch);
+            scan.entries.push_back(Stored { number: batch.number, at: scan.tail, len: batch.len, hash });
+            scan.tail = entry_end(scan.tail, batch.len);
+            scan.batches.push(batch);
         }
+        Ok(scan)
+    }
+
+    /// What the line holds from the entry at `first` on.
+    fn read(&mut self, first: u64) -> Result<Vec<LoggedBatch>, Damage> {
+        let failed = |error: io::Error| Damage(format!("it cannot be read: {error}"));
+        let Scan { mut batches, entries, tail, synced, rotten } = self.scan(first).map_err(failed)?;
+        (self.entries, self.tail) = (entries, tail);
         if let Some(reason) = rotten {
             return Err(Damage(reason));
         }

@@ -47,6 +47,11 @@ pub enum LogOrder {
     End,
     /// As [`Self::End`], whatever is in it: what it held is compared.
     GiveUp,
+    /// See whether an empty log that was in trouble can be written again.
+    Probe {
+        /// Life of the log.
+        epoch: u64,
+    },
 }
 
 /// What came of an order.
@@ -70,6 +75,11 @@ pub enum LogDone {
         epoch: u64,
         /// Why.
         reason: String,
+    },
+    /// It can be written again.
+    Probed {
+        /// Life of the log.
+        epoch: u64,
     },
     /// A batch was read.
     Loaded {
@@ -188,6 +198,10 @@ impl<F: StorageFile> Turn<F> {
                 Err(error) => LogDone::Unreadable { epoch, number, reason: error.to_string() },
             }),
             ToWorker::Order(LogOrder::Trim { number }) => self.log.trim(number),
+            ToWorker::Order(LogOrder::Probe { epoch }) => match self.log.probe() {
+                Ok(()) => give(LogDone::Probed { epoch }),
+                Err(error) => give(LogDone::Failed { epoch, reason: error.to_string() }),
+            },
             ToWorker::Clear(line) => {
                 self.unsynced = None;
                 self.broken = None;

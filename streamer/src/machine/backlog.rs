@@ -109,7 +109,10 @@ pub(super) struct Backlog {
     /// Full, or failed: not before.
     waits_until: Option<Now>,
     said: bool,
+    /// It was full, failed or slow, and that it is not any more was not said.
     trouble: bool,
+    /// It is being seen whether it can be written again.
+    probing: bool,
 }
 
 impl Backlog {
@@ -134,6 +137,7 @@ impl Backlog {
             waits_until: None,
             said: false,
             trouble: false,
+            probing: false,
         };
         batches.into_iter().for_each(|batch| backlog.push(batch));
         backlog
@@ -204,6 +208,21 @@ impl Backlog {
     pub(super) fn forget_loaded(&mut self) {
         self.loaded.clear();
         self.loading.clear();
+    }
+
+    /// Nothing tells of an empty log that it is sound again, and somebody may have mended it.
+    fn probe(&mut self) {
+        let idle = self.line == Line::None && !self.active && self.orders.is_empty();
+        if self.trouble && idle && !self.probing && self.waits_until.is_none() {
+            self.probing = true;
+            self.orders.push_back(LogOrder::Probe { epoch: self.epoch });
+        }
+    }
+
+    /// It takes batches, and answers.
+    fn is_sound(&mut self) -> Option<StreamEvent> {
+        self.slow = false;
+        std::mem::take(&mut self.trouble).then_some(StreamEvent::Log(LogNews::Sound))
     }
 
     /// When [`Streamer::poll_log`] has something to do by itself.
@@ -337,6 +356,7 @@ impl<S: RingSource> Streamer<S> {
         if self.backlog.orders.is_empty() {
             self.offer_to_log(now);
             self.load_from_log();
+            self.backlog.probe();
         }
         self.backlog.orders.pop_front()
     }
@@ -479,6 +499,9 @@ impl<S: RingSource> Streamer<S> {
 
     /// Something came of an order.
     pub fn handle_log(&mut self, now: Now, done: LogDone) {
+        if matches!(done, LogDone::Probed { .. } | LogDone::Failed { .. }) {
+            self.backlog.probing = false;
+        }
         match done {
             LogDone::Appended { epoch, number } if epoch == self.backlog.epoch => self.take_appended(now, number),
             LogDone::Full { epoch } if epoch == self.backlog.epoch => self.take_refused(now, LogNews::Full),
@@ -498,6 +521,11 @@ impl<S: RingSource> Streamer<S> {
                 };
                 self.backlog.loaded.push_back(Loaded { number, batch });
             }
+            // Whatever its life is called by now: the disk answers.
+            LogDone::Probed { .. } => {
+                let sound = self.backlog.is_sound();
+                self.events.extend(sound);
+            }
             LogDone::Unreadable { epoch, number, reason }
                 if epoch == self.backlog.epoch && number > self.state.number =>
             {
@@ -515,10 +543,8 @@ impl<S: RingSource> Streamer<S> {
     fn take_appended(&mut self, now: Now, number: BatchNo) {
         while self.backlog.appending.pop_front_if(|(appended, _)| *appended <= number).is_some() {}
         self.backlog.since = (!self.backlog.appending.is_empty()).then_some(now);
-        self.backlog.slow = false;
-        if std::mem::take(&mut self.backlog.trouble) {
-            self.events.push_back(StreamEvent::Log(LogNews::Sound));
-        }
+        let sound = self.backlog.is_sound();
+        self.events.extend(sound);
         // Those that are not there any more are at the target.
         while self.slots.front().is_some_and(|slot| slot.logged.is_some() && slot.number <= number) {
             let slot = self.slots.pop_front().expect("looked at just now");

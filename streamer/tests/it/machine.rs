@@ -117,6 +117,10 @@ impl Disk {
                     self.durable = self.durable.saturating_sub(1);
                 }
             }
+            LogOrder::Probe { epoch } => {
+                assert!(!self.line && self.held.is_empty(), "a log in use tells by itself");
+                streamer.handle_log(now, LogDone::Probed { epoch });
+            }
             LogOrder::Begin => {
                 self.line = true;
                 streamer.handle_log_begun();
@@ -202,7 +206,10 @@ impl World {
                     }
                     disk.obey(streamer, now, order);
                 }
-                other @ (LogOrder::Append { .. } | LogOrder::Load { .. } | LogOrder::Trim { .. }) => {
+                other @ (LogOrder::Append { .. }
+                | LogOrder::Load { .. }
+                | LogOrder::Trim { .. }
+                | LogOrder::Probe { .. }) => {
                     disk.orders.push_back(other);
                 }
             }

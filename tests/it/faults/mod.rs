@@ -2,6 +2,7 @@
 
 mod config;
 mod damage;
+pub(crate) mod disk;
 mod identity;
 mod kill;
 mod link;

@@ -1,57 +1,12 @@
-//! A target whose disk is full or read-only. A small tmpfs stands for the disk, which needs root to mount it.
-
-use std::fs::File;
-use std::path::{Path, PathBuf};
+//! A target whose disk is full or read-only.
 
 use anyhow::{Context, Result, ensure};
 use farshore_cli::sites::SitesConfig;
-use nix::fcntl::{FallocateFlags, fallocate};
 
+use super::disk::SmallDisk;
 use crate::support::rig::start_in_vain;
 use crate::support::{Guest, KIB, MIB, Rig, device, until};
-use farshore_cli::sites::run::{call, is_root};
-
-/// A tmpfs that is unmounted at the end.
-struct SmallDisk {
-    folder: tempfile::TempDir,
-}
-
-impl SmallDisk {
-    fn mount(size: u64) -> Result<Self> {
-        ensure!(is_root(), "mounting a small tmpfs needs root");
-        let folder = tempfile::Builder::new().prefix("fs-disk-").tempdir()?;
-        let options = format!("size={size}");
-        let place = folder.path().to_str().context("a temporary folder's name is text")?;
-        call("mount", ["-t", "tmpfs", "-o", &options, "farshore-test", place])?;
-        Ok(Self { folder })
-    }
-
-    fn path(&self) -> &Path {
-        self.folder.path()
-    }
-
-    fn data(&self) -> PathBuf {
-        self.path().join("data")
-    }
-
-    /// Takes so many bytes away.
-    fn fill(&self, bytes: u64) -> Result<()> {
-        let file = File::create_new(self.path().join("filler")).context("create the filler")?;
-        fallocate(&file, FallocateFlags::empty(), 0, i64::try_from(bytes)?).context("fill the disk")
-    }
-
-    fn empty(&self) -> Result<()> {
-        std::fs::remove_file(self.path().join("filler")).context("remove the filler")
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        // Lazily: a daemon of a failed test may still run.
-        let place = self.folder.path().to_string_lossy().into_owned();
-        let _ = call("umount", ["--lazy", &place]);
-    }
-}
+use farshore_cli::sites::run::call;
 
 /// Goal: a full disk stops acknowledgements, with an alarm on both sides, and nothing else: no error for the guest, no lost
 /// point, nothing lost when there is space again. Method: a disk of which nearly all is taken away, noise, and back.

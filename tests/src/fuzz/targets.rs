@@ -356,6 +356,8 @@ pub fn disk_log(bytes: &[u8]) {
         let at = u64::from(u16::from_le_bytes(*number) % DISK_BLOCKS) * LOG_BLOCK as u64;
         file.write_at(&block, at).expect("no faults");
     }
+    // People may look at anything.
+    let _ = farshore_streamer::look(std::sync::Arc::clone(&file), true);
     let kept = std::collections::BTreeSet::from([DISK_LINE]);
     let open = || DiskLog::open(std::sync::Arc::clone(&file), DISK_OWNER, DISK_BYTES, [9; 16], &kept);
     let Ok(log) = open() else { return };
