@@ -236,6 +236,44 @@ fn every_machine_is_there() {
     assert!(seen > 15, "only {seen} enums were looked at");
 }
 
+/// Goal: each alarm has its section, in the place that the list of alarms leads to, and no section is of an alarm that is gone. Method: the codes are
+/// read from the two sources that define them.
+#[test]
+fn every_alarm_has_its_section() {
+    let text = |path: &str| std::fs::read_to_string(root().join(path)).expect("it is there");
+    let mut codes: Vec<String> = Vec::new();
+    for (file, before) in [("agent/src/alarms.rs", ": &str = \""), ("target/src/alarm.rs", "=> \"")] {
+        let source = text(file);
+        let of = source.lines().filter_map(|line| Some(line.split_once(before)?.1.split_once('"')?.0.to_owned()));
+        let found: Vec<String> = of.filter(|code| code.contains('.')).collect();
+        assert!(found.len() > 10, "{file} defines alarms");
+        codes.extend(found);
+    }
+    let list = text("docs/operations/alarms.md");
+    let sections: Vec<&str> = list.lines().filter_map(|line| line.strip_prefix("### ")).collect();
+    for code in &codes {
+        assert!(list.contains(&format!("| [`{code}`](#{}) |", code.replace('.', ""))), "{code} is not in the list");
+        let Some((_, body)) = list.split_once(&format!("\n### {code}\n\n")) else { panic!("{code} has no section") };
+        let body = body.split("\n#").next().expect("a section");
+        match body.strip_prefix("See [").and_then(|rest| rest.split_once("](")?.1.split_once('#')) {
+            Some((page, _)) => {
+                let page = text(&format!("docs/operations/{page}"));
+                assert!(
+                    page.contains(&format!("\n### {code}\n")) || page.contains(&format!("\n## {code}\n")),
+                    "{code}"
+                );
+            }
+            None => assert!(
+                body.contains("Clears") || body.contains("clears") || body.contains("restart"),
+                "{code}: its end"
+            ),
+        }
+    }
+    for section in sections {
+        assert!(codes.iter().any(|code| code == section), "no alarm is called {section}");
+    }
+}
+
 fn sources(folder: &Path, into: &mut Vec<PathBuf>) {
     for entry in std::fs::read_dir(folder).expect("a folder of sources").flatten() {
         let path = entry.path();
