@@ -2,6 +2,9 @@
 //! moment under load the host "goes down": all that was not flushed by then is taken off the disk again, the ring is gone, and the
 //! agent finds another boot. The second site lives on, with what had reached it: also with writes that the disk has lost.
 
+mod database;
+mod ledger;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -11,11 +14,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use farshore_tests::log_writes;
 use farshore_uring::AlignedBuf;
+use farshore_uring::sim::SimRng;
 use nix::libc;
 
 use crate::agent::{GROUP, LIMIT_SECONDS, MIB, Rig};
 use crate::agent_dm::bypass::OtherBoot;
 use crate::rig::{DISK_512, DISK_4096, Fio, fio, machine, run, say, until};
+
+use ledger::Ledger;
 
 const LOGGED: &str = "farshore-cut";
 const DATA: &str = "farshore-cut-data";
@@ -36,13 +42,14 @@ struct Disk {
     content: BTreeMap<u64, Vec<u8>>,
     /// The agent's state directory, mounted.
     mounted: PathBuf,
+    random: SimRng,
 }
 
 impl Disk {
-    fn make() -> Result<Self> {
+    fn make(seed: u64) -> Result<Self> {
         run("modprobe dm-log-writes")?;
         run(&format!("blkdiscard -f -z -l {} {DISK_4096}", DATA_BYTES + STATE_BYTES))?;
-        let disk = Self { content: BTreeMap::new(), mounted: PathBuf::new() };
+        let disk = Self { content: BTreeMap::new(), mounted: PathBuf::new(), random: SimRng::new(seed) };
         disk.up()?;
         run(&format!("mkfs.ext4 -q -F /dev/mapper/{STATE}"))?;
         Ok(disk)
@@ -79,38 +86,71 @@ impl Disk {
         Ok(())
     }
 
-    /// Takes off the disk what was written to it and not flushed before the cut. The kernel's log has a write when it was flushed, so what
-    /// is behind the mark was not. Gives how many writes were kept and lost.
-    fn lose(&mut self) -> Result<(usize, usize)> {
+    /// Takes off the disk what was written to it and not flushed before the cut: all of it, but for what a disk may have written out by itself. That
+    /// is any of the writes before the next flush, whole or in part: a block is one or the other. The kernel's log has a write when it was flushed, so what is
+    /// behind the mark was not.
+    fn lose(&mut self) -> Result<Lost> {
         run(&format!("blockdev --flushbufs {DISK_512} && blockdev --flushbufs {DISK_4096}"))?;
         let log = File::open(DISK_512).context("open the log")?;
         let entries = log_writes::read(|at, buf| log.read_exact_at(buf, at))?;
         let is_cut = |entry: &log_writes::Entry| entry.mark.as_deref() == Some("cut");
         let cut = entries.iter().position(is_cut).context("the log has the cut")?;
         for entry in &entries[..cut] {
-            for (number, at) in (entry.offset / BLOCK..).zip(0..entry.len / BLOCK) {
-                let at = usize::try_from(at * BLOCK)?;
-                let bytes = entry.data.get(at..at + usize::try_from(BLOCK)?).filter(|_| !entry.discard);
-                match bytes.filter(|bytes| bytes.iter().any(|byte| *byte != 0)) {
-                    Some(bytes) => _ = self.content.insert(number, bytes.to_vec()),
-                    None => _ = self.content.remove(&number),
-                }
+            for at in 0..entry.len / BLOCK {
+                self.note(entry, at)?;
             }
         }
         let disk = File::options().write(true).open(DISK_4096).context("open the disk")?;
         let zeroes = vec![0; usize::try_from(BLOCK)?];
+        let writes = |entries: &[log_writes::Entry]| entries.iter().filter(|entry| entry.len > 0).count();
+        let mut lost = Lost { kept: writes(&entries[..cut]), lost: 0, written_out: 0, torn: 0 };
+        // Whatever came after a flush of later on may have waited for that.
+        let mut loose = true;
         for entry in &entries[cut..] {
-            for number in entry.offset / BLOCK..(entry.offset + entry.len) / BLOCK {
+            loose &= !entry.flush;
+            let blocks = entry.len / BLOCK;
+            let mut stays = 0;
+            let fate = if loose { self.random.below(3) } else { 0 };
+            for at in 0..blocks {
+                if fate == 1 || fate == 2 && self.random.chance(1, 2) {
+                    self.note(entry, at)?;
+                    stays += 1;
+                }
+                let number = entry.offset / BLOCK + at;
                 disk.write_all_at(self.content.get(&number).unwrap_or(&zeroes), number * BLOCK)
                     .context("take it back")?;
+            }
+            match stays {
+                0 => lost.lost += usize::from(blocks > 0),
+                all if all == blocks => lost.written_out += 1,
+                _ => lost.torn += 1,
             }
         }
         disk.sync_all().context("sync the disk")?;
         drop(disk);
         run(&format!("blockdev --flushbufs {DISK_4096}"))?;
-        let writes = |entries: &[log_writes::Entry]| entries.iter().filter(|entry| entry.len > 0).count();
-        Ok((writes(&entries[..cut]), writes(&entries[cut..])))
+        Ok(lost)
     }
+
+    /// One block of a write is on the disk.
+    fn note(&mut self, entry: &log_writes::Entry, at: u64) -> Result<()> {
+        let number = entry.offset / BLOCK + at;
+        let at = usize::try_from(at * BLOCK)?;
+        let bytes = entry.data.get(at..at + usize::try_from(BLOCK)?).filter(|_| !entry.discard);
+        match bytes.filter(|bytes| bytes.iter().any(|byte| *byte != 0)) {
+            Some(bytes) => _ = self.content.insert(number, bytes.to_vec()),
+            None => _ = self.content.remove(&number),
+        }
+        Ok(())
+    }
+}
+
+/// What became of the writes of a life: those that were flushed, and of the others those that are gone, there, or there in part.
+struct Lost {
+    kept: usize,
+    lost: usize,
+    written_out: usize,
+    torn: usize,
 }
 
 impl Drop for Disk {
@@ -128,23 +168,37 @@ struct Found {
     by_log: bool,
 }
 
-/// The host goes down under `load`, and comes back.
-fn power_cut(rig: &mut Rig, disk: &mut Disk, boot: &OtherBoot, load: Fio, number: u32) -> Result<Found> {
+/// The host goes down, and comes back. `promised` notes what users were promised by then; `die` ends whoever uses the device, which fails them from then on; `check` sees the disk before an agent does.
+fn power_cut(
+    rig: &mut Rig,
+    disk: &mut Disk,
+    boot: &OtherBoot,
+    number: u32,
+    promised: impl FnOnce(),
+    die: impl FnOnce() -> Result<()> + Send,
+    check: impl FnOnce() -> Result<()>,
+) -> Result<Found> {
     let begin = Instant::now();
     rig.sites.link().cut();
+    promised();
     disk.cut()?;
     let id = rig.id()?;
     rig.forget_logs();
     rig.sites.kill_agent();
-    // Whoever waits for the device has an error: he is as dead as the host.
-    rig.control.delete_anyway(id).context("remove the device")?;
-    load.fail()?;
+    // Whoever waits for the device has an error: he is as dead as the host. It goes when all of them have.
+    let control = &rig.control;
+    std::thread::scope(|scope| {
+        let death = scope.spawn(die);
+        let removed = control.delete_anyway(id).context("remove the device");
+        death.join().expect("its panic is the test's").and(removed)
+    })?;
     run("rm -rf /dev/shm/farshore*/*")?;
     disk.down()?;
-    let (kept, lost) = disk.lose()?;
+    let Lost { kept, lost, written_out, torn } = disk.lose()?;
     disk.up()?;
     let at = disk.mounted.clone();
     disk.mount(&at)?;
+    check()?;
     boot.again(number)?;
     let down = begin.elapsed();
     rig.sites.start_agent()?;
@@ -159,7 +213,7 @@ fn power_cut(rig: &mut Rig, disk: &mut Disk, boot: &OtherBoot, load: Fio, number
     let missing = status["missing_bytes"].as_u64().context("a number")?;
     let active = status["activity_log"]["active_extents"].as_u64().context("a number")?;
     say(&format!(
-        "cut {number}: {kept} writes kept, {lost} lost; {} of {} MiB to be compared; down for {:.1} s, served {:.1} s later",
+        "cut {number}: {kept} writes kept, {lost} lost, {written_out} written out, {torn} torn; {} of {} MiB to be compared; down for {:.1} s, served {:.1} s later",
         missing / MIB,
         DATA_BYTES / MIB,
         down.as_secs_f64(),
@@ -214,7 +268,7 @@ fn a_hundred_power_cuts() -> Result<()> {
 fn power_cuts(cuts: u32) -> Result<()> {
     let control = machine()?;
     let boot = OtherBoot::begin(u32::MAX)?;
-    let mut made = Some(Disk::make()?);
+    let mut made = Some(Disk::make(31)?);
     let mut mounted = None;
     let source = Path::new("/dev/mapper").join(DATA);
     let rig = Rig::over(31, control, &source, Box::new(()), |config| {
@@ -224,6 +278,7 @@ fn power_cuts(cuts: u32) -> Result<()> {
     })?;
     let mut disk = mounted.context("it was mounted")??;
     say("both sites are up and the same");
+    let mut ledger = Ledger::default();
     rig.run(|rig| {
         let mut by_log = 0;
         for number in 1..=cuts {
@@ -232,12 +287,20 @@ fn power_cuts(cuts: u32) -> Result<()> {
             let area = if number % 2 == 1 {
                 "--size=24m --offset=64m --rate_iops=1000 --fsync=50"
             } else {
-                "--size=316m --rate_iops=40 --fsync=8"
+                "--size=312m --offset=4m --rate_iops=40 --fsync=8"
             };
-            let options = format!("--rw=randwrite --bs=4k --iodepth=8 --time_based --runtime=600 {area}");
-            let load = Fio::start(&rig.device, &options)?;
+            let options =
+                format!("--rw=randwrite --bs=4k --iodepth=8 --allow_file_create=0 --time_based --runtime=600 {area}");
+            let mut load = Fio::start(&rig.device, &options)?;
+            let writing = ledger.start(&rig.device)?;
+            until("flushes are answered", || writing.flushes() > 1)?;
             std::thread::sleep(Duration::from_millis(2500 + rig.random(4000)));
-            let found = power_cut(rig, &mut disk, &boot, load, number)?;
+            ensure!(load.is_running()?, "the load goes on until the cut");
+            let flushes = writing.flushes();
+            let note = writing.note();
+            let die = || load.fail().map(drop);
+            let found = power_cut(rig, &mut disk, &boot, number, note, die, || writing.end(&source))?;
+            say(&format!("cut {number}: all of at least {flushes} answered flushes are on the disk"));
             ensure!(found.active <= EXTENTS_MAX, "{} extents are active", found.active);
             by_log += u32::from(found.by_log);
             // What was active, and a little beside it that had left the log and not reached the second site.

@@ -142,14 +142,14 @@ impl Drop for Inserter {
 
 /// Rows that were sent and confirmed.
 #[derive(Default)]
-struct Rows {
-    sent: AtomicU64,
-    confirmed: AtomicU64,
+pub(crate) struct Rows {
+    pub(crate) sent: AtomicU64,
+    pub(crate) confirmed: AtomicU64,
     stop: AtomicBool,
 }
 
 impl Rows {
-    fn keep_inserting(&self, cluster: &Cluster) -> Result<()> {
+    pub(crate) fn keep_inserting(&self, cluster: &Cluster) -> Result<()> {
         let mut inserter = Inserter::start(cluster)?;
         while !self.stop.load(Ordering::SeqCst) {
             let id = self.sent.fetch_add(1, Ordering::SeqCst) + 1;
@@ -160,7 +160,7 @@ impl Rows {
     }
 
     /// Checks the rows of a database: a prefix of what was sent, with the first `sure`.
-    fn check(&self, cluster: &Cluster, sure: u64) -> Result<u64> {
+    pub(crate) fn check(&self, cluster: &Cluster, sure: u64) -> Result<u64> {
         let rows = cluster.sql("select id from seen order by id")?;
         let ids: Vec<u64> = rows.lines().map(str::parse).collect::<Result<_, _>>().context("ids are numbers")?;
         let count = ids.len() as u64;
