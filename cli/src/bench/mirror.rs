@@ -140,13 +140,16 @@ fn daemon(control: &Path, image: &Path) -> Command {
     let mut command = Command::new("qemu-storage-daemon");
     command.args(["--chardev", &format!("socket,id=qmp0,path={},server=on,wait=off", control.display())]);
     command.args(["--monitor", "chardev=qmp0"]);
-    let file =
-        format!("driver=file,node-name=disk0,filename={},cache.direct=on,aio=io_uring,discard=unmap", image.display());
-    command.args(["--blockdev", &file]);
+    command.args(["--blockdev", &image_node(image)]);
     command
 }
 
-fn free_port() -> Result<u16> {
+/// An image as QEMU's daemon opens it: with direct I/O.
+pub(super) fn image_node(image: &Path) -> String {
+    format!("driver=file,node-name=disk0,filename={},cache.direct=on,aio=io_uring,discard=unmap", image.display())
+}
+
+pub(super) fn free_port() -> Result<u16> {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").context("find a free port")?;
     Ok(listener.local_addr().context("read the port")?.port())
 }

@@ -3,6 +3,7 @@
 
 mod activity;
 mod blocks;
+mod copiers;
 mod fio;
 mod guest;
 mod ingest;
@@ -10,6 +11,7 @@ mod mirror;
 mod outage;
 mod peers;
 mod replicate;
+mod sync;
 mod tee;
 mod views;
 mod wire;
@@ -42,6 +44,12 @@ pub(crate) struct BenchArgs {
     /// Bytes of the ring.
     #[arg(long, default_value = "256MiB", value_parser = parse_size)]
     pub ring: u64,
+    /// For `sparse`: bytes of the volume.
+    #[arg(long, default_value = "1TiB", value_parser = parse_size)]
+    pub volume_size: u64,
+    /// For `sparse`: bytes of it that are written.
+    #[arg(long, default_value = "10GiB", value_parser = parse_size)]
+    pub used: u64,
     /// For what needs a block device of its own: this disk. ALL of its content is lost.
     #[arg(long)]
     pub disk: Option<PathBuf>,
@@ -169,6 +177,16 @@ const FIGURES: &[Figure] = &[
         outage::outage,
     ),
     ("activity", "what the activity log costs writes to cold extents, and to active ones", activity::activity),
+    (
+        "sync",
+        "initial sync and resync: changed data against nbdcopy over TLS, unchanged against rsync over ssh",
+        sync::sync,
+    ),
+    (
+        "sparse",
+        "initial sync of a volume of --volume-size with --used of it written, against nbdcopy over TLS",
+        sync::sparse_volume,
+    ),
     ("view", "opening a view of 20 GiB of 4 KiB records; the target's memory", views::view_open),
 ];
 
