@@ -1,57 +1,12 @@
 //! The host goes down: its ring is gone, and what it had not made stable is anybody's guess. What is compared then.
 
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use farshore_cli::sites::SitesConfig;
+use farshore_cli::sites::host::Host;
 
-use crate::support::rig::binary;
 use crate::support::{Guest, MIB, Rig, device, until};
-
-/// What the agent takes for the host's start: files that stand in for the kernel's, in a mount namespace of its own.
-pub(crate) struct Host(PathBuf);
-
-impl Host {
-    /// A host for the agent of these sites.
-    pub(crate) fn of(config: &mut SitesConfig) -> Result<Self> {
-        let host = Self(config.dir.join("host"));
-        std::fs::create_dir(&host.0).context("make a folder")?;
-        let program = host.0.join("farshore-on-host");
-        let (dir, binary) = (host.0.display(), binary()?);
-        let script = format!(
-            "#!/bin/sh\nexec unshare --mount sh -c 'mount --bind {dir}/boot_id /proc/sys/kernel/random/boot_id && \
-             mount --bind {dir}/stat /proc/stat && exec {} \"$@\"' sh \"$@\"\n",
-            binary.display()
-        );
-        std::fs::write(&program, script).context("write a program")?;
-        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).context("make it one")?;
-        config.agent_program = Some(program);
-        host.starts(0, 0)?;
-        Ok(host)
-    }
-
-    /// The host has been started for the `number`th time, at `time` (seconds since 1970).
-    fn starts(&self, number: u32, time: u64) -> Result<()> {
-        let id = format!("00000000-0000-4000-8000-{number:012}\n");
-        std::fs::write(self.0.join("boot_id"), id).context("write the boot's id")?;
-        std::fs::write(self.0.join("stat"), format!("cpu 0 0 0 0\nbtime {time}\n")).context("write the boot's time")
-    }
-
-    /// It goes down, with the agent, and is started again, later than everything that was done to its disks.
-    pub(crate) fn goes_down(&self, rig: &mut Rig, number: u32) -> Result<()> {
-        self.goes_down_before(rig, number, 2)
-    }
-
-    fn goes_down_before(&self, rig: &mut Rig, number: u32, seconds: u64) -> Result<()> {
-        rig.sites.kill_agent();
-        let ring = rig.ring_file()?;
-        std::fs::remove_file(&ring).with_context(|| format!("remove {}", ring.display()))?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).context("read the clock")?.as_secs();
-        self.starts(number, if seconds == 0 { 1 } else { now + seconds })
-    }
-}
 
 fn test(test: impl FnOnce(&mut Rig, &Host) -> Result<()>) {
     let host = std::cell::OnceCell::new();
@@ -113,7 +68,7 @@ fn after_a_power_cut_what_was_active_is_compared() {
     test(|rig, host| {
         let (image, socket, model) = used(rig)?;
         let mut source = patch_both(&image)?;
-        host.goes_down(rig, 1)?;
+        host.goes_down(&mut rig.sites, 1)?;
         rig.sites.start_agent()?;
         let missing = rig.status()?["missing_bytes"].as_u64().context("a number")?;
         ensure!((8 * MIB..=16 * MIB).contains(&missing), "{missing} bytes are to be compared");
@@ -121,7 +76,7 @@ fn after_a_power_cut_what_was_active_is_compared() {
         ensure!(rig.agent_alarm("volume.bypassed")?.is_none());
         until_covered(rig)?;
         // Before anything could be compared.
-        host.goes_down(rig, 2)?;
+        host.goes_down(&mut rig.sites, 2)?;
         rig.sites.link().heal();
         rig.sites.start_agent()?;
         rig.wait()?;
@@ -152,7 +107,7 @@ fn without_evidence_everything_is_compared() {
         test(|rig, host| {
             let (image, socket, _) = used(rig)?;
             let source = patch_both(&image)?;
-            host.goes_down_before(rig, 1, if case == "changed" { 0 } else { 2 })?;
+            host.goes_down_before(&mut rig.sites, 1, if case == "changed" { 0 } else { 2 })?;
             let log = rig.sites.path("agent").join("activity.log");
             match case {
                 "damaged" => device::patch(&log, 4096, &vec![0xa5; 64 * 4096])?,
@@ -177,7 +132,7 @@ fn without_evidence_everything_is_compared() {
             let mut guest = Guest::new(&socket, source, 911)?;
             guest.noise(10 * MIB, 4096)?;
             guest.flush()?;
-            host.goes_down(rig, 2)?;
+            host.goes_down(&mut rig.sites, 2)?;
             rig.sites.start_agent()?;
             ensure!(logged(rig, "what the activity log names is compared"), "{case}: it is said");
             guest.reconnect()?;
@@ -220,7 +175,7 @@ fn a_host_that_was_put_back_is_seen() {
         rig.sites.kill_agent();
         copy(&kept, &state)?;
         device::patch(&image, 0, &old)?;
-        host.goes_down(rig, 1)?;
+        host.goes_down(&mut rig.sites, 1)?;
         rig.sites.start_agent()?;
         rig.wait()?;
         ensure!(logged(rig, "its activity log does not know of them either"), "the reason is said");

@@ -4,9 +4,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use farshore_cli::sites::SitesConfig;
+use farshore_cli::sites::host::Host;
 use serde_json::json;
 
-use crate::activity::Host;
 use crate::faults::disk::BadDisk;
 use crate::support::rig::{GROUP, start_in_vain};
 use crate::support::{Guest, MIB, Rig, device, until};
@@ -152,7 +152,7 @@ fn the_log_survives_the_host() {
         let before = guest.model().to_vec();
         write(rig, &mut guest, 24)?;
         is_in_use(rig)?;
-        host.goes_down(rig, 1)?;
+        host.goes_down(&mut rig.sites, 1)?;
         rig.sites.start_agent()?;
         rig.sites.link().heal();
         rig.wait()?;

@@ -4,6 +4,7 @@
 mod activity;
 mod blocks;
 mod copiers;
+mod crash;
 mod fio;
 mod guest;
 mod ingest;
@@ -187,6 +188,7 @@ const FIGURES: &[Figure] = &[
         "initial sync of a volume of --volume-size with --used of it written, against nbdcopy over TLS",
         sync::sparse_volume,
     ),
+    ("crash", "what is compared after a power cut, against a compare of the whole volume; needs root", crash::crash),
     ("view", "opening a view of 20 GiB of 4 KiB records; the target's memory", views::view_open),
 ];
 

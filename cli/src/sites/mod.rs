@@ -1,6 +1,7 @@
 //! Both sites on one machine, as separate processes of this binary: for the demonstration, the benchmarks and the
 //! end-to-end tests. The link goes through a small UDP relay, so that it can be cut and healed.
 
+pub mod host;
 pub mod mount;
 pub mod postgres;
 mod relay;
@@ -174,6 +175,18 @@ impl Sites {
         // Of this user alone, whatever the umask.
         DirBuilder::new().recursive(true).mode(0o700).create(&dir).context("make a folder for the ring")?;
         Ok(dir)
+    }
+
+    /// The file of the ring, or of one where there are several groups.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn ring_file(&self) -> Result<PathBuf> {
+        let folder = self.ring_dir()?;
+        let files = std::fs::read_dir(&folder).with_context(|| format!("list {}", folder.display()))?;
+        let ring =
+            files.flatten().map(|entry| entry.path()).find(|path| path.extension().is_some_and(|end| end == "ring"));
+        ring.with_context(|| format!("no ring in {}", folder.display()))
     }
 
     fn spawn(&self, role: &'static str, config: &Path) -> Result<Process> {

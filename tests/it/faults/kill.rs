@@ -115,7 +115,7 @@ fn a_lost_ring_means_that_everything_is_compared() {
             rig.sites.link().cut();
             guest.work(50)?;
             rig.sites.kill_agent();
-            let ring = rig.ring_file()?;
+            let ring = rig.sites.ring_file()?;
             std::fs::remove_file(&ring).with_context(|| format!("remove {}", ring.display()))?;
             device::patch(&image, 5 * MIB + 12_288, b"written while nobody looked")?;
             let source = device::read_file(&image)?;

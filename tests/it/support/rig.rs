@@ -181,16 +181,6 @@ impl Rig {
         }
         find(&self.sites.path("target")).context("the target has a journal")
     }
-
-    /// The ring file of [`GROUP`].
-    pub(crate) fn ring_file(&self) -> Result<PathBuf> {
-        let mark = self.dir().to_string_lossy().replace('/', "_");
-        let folder = Path::new("/dev/shm").join(format!("farshore{mark}"));
-        let files = std::fs::read_dir(&folder).with_context(|| format!("list {}", folder.display()))?;
-        let ring =
-            files.flatten().map(|entry| entry.path()).find(|path| path.extension().is_some_and(|end| end == "ring"));
-        ring.with_context(|| format!("no ring in {}", folder.display()))
-    }
 }
 
 fn alarm(alarms: &Value, code: &str) -> Result<Option<Value>> {
