@@ -577,7 +577,11 @@ impl Syncer {
         }
         self.epoch = epoch;
         self.look = true;
-        self.volumes.values_mut().for_each(|volume| volume.fresh = false);
+        for volume in self.volumes.values_mut() {
+            volume.fresh = false;
+            // What an earlier compare found says nothing of this one.
+            volume.answers = Experience::NONE;
+        }
         // The bits of older claims may have been moved since.
         self.shared_below = self.group.ring().head();
         for question in std::mem::take(&mut self.questions).into_values() {

@@ -154,8 +154,8 @@ fn different_content_is_repaired() {
     assert_eq!(rig.replica.count(Kind::SyncData) + rig.replica.count(Kind::SyncZero), sent + 5, "nothing else is sent");
 }
 
-/// Goal: where nearly every answer is "differs", sync soon sends without asking; it goes on asking now and then, and asks again
-/// about everything where answers are "equal" again.
+/// Goal: where nearly every answer is "differs", sync soon sends without asking, and goes on asking now and then; a compare that is
+/// ordered later begins anew, for what was found in an earlier one says nothing of it.
 #[test]
 fn questions_that_do_not_pay_are_not_asked() {
     let mut rig = Rig::new(5, Config { slots: 256, ..one_volume() });
@@ -178,10 +178,9 @@ fn questions_that_do_not_pay_are_not_asked() {
     assert!(all >= 255, "all is equal: all is asked, not {all}");
     let asked = ask(&mut rig, true);
     assert!((61..192).contains(&asked), "{asked} questions where nothing is equal");
-    let asked = ask(&mut rig, true);
-    assert!((16..32).contains(&asked), "{asked} questions: one in sixteen");
-    ask(&mut rig, false);
     assert_eq!(ask(&mut rig, false), all, "equal again: all is asked");
+    let asked = ask(&mut rig, true);
+    assert!((61..192).contains(&asked), "{asked} questions where nothing is equal");
 }
 
 /// Goal: where sync can do nothing (no link, ring closed), time alone does not wake it in a loop.
