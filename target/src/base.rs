@@ -509,11 +509,14 @@ impl<S: Storage> Base<S> {
         let tail = end.saturating_sub(last * SLOT_BYTES);
         self.write(end - tail, &vec![0; usize::try_from(tail).expect("less than a slot")])?;
         let mut writer = self.lock_to_write()?;
-        // What waits for the range's slots is older; and one intent holds one chunk.
-        self.commit(&mut writer)?;
-        if !self.stores_something(first, last)? {
+        let waits = self.pending.read().unwrap_or_else(PoisonError::into_inner).range(first..last).next().is_some();
+        // A sparse volume's initial sync brings one range of zeroes after the other: what is zero already costs no sync, and what waits
+        // beside it goes on waiting.
+        if !waits && !self.stores_something(first, last)? {
             return Ok(());
         }
+        // What waits for the range's slots is older; and one intent holds one chunk.
+        self.commit(&mut writer)?;
         let entry = IntentEntry { first: first.into(), count: (last - first).into(), hash: HOLE };
         self.begin(&mut writer, &[entry])?;
         self.punch(first, last - first).inspect_err(|error| poison(&mut writer, error))?;

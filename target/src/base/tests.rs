@@ -181,6 +181,29 @@ fn missing_hashes_are_refused() {
     assert_eq!(open(&storage).err().expect("data without hashes").kind(), Kind::Damaged);
 }
 
+/// Goal: where nothing is stored, a range of zeroes costs no sync, also while other slots wait; where something waits or is stored, the
+/// zeroes win. Method: a disk whose syncs fail for as long as there must be none.
+#[test]
+fn zeroes_where_nothing_is_cost_no_sync() {
+    let storage = World::new(5).storage();
+    let base = open(&storage).expect("no faults");
+    storage
+        .set_fault(|op, _| (op == farshore_uring::sim::StorageOp::Sync).then(|| std::io::Error::from_raw_os_error(5)));
+    for slot in [1, 3, 5] {
+        base.write_unjoined(slot * SLOT_BYTES, &[7; 65536]).expect("in memory");
+        base.zero_unjoined((slot + 1) * SLOT_BYTES, SLOT_BYTES).expect("nothing is synced");
+    }
+    storage.clear_fault();
+    base.zero_unjoined(SLOT_BYTES, SLOT_BYTES).expect("it waits");
+    base.flush().expect("no faults");
+    base.zero_unjoined(3 * SLOT_BYTES, SLOT_BYTES).expect("it is stored");
+    let base = open(&storage).expect("no faults");
+    let all = read_all(&base).expect("no damage");
+    let full: Vec<usize> = (0..).zip(all.chunks(65536)).filter(|(_, slot)| slot[0] == 7).map(|(at, _)| at).collect();
+    assert_eq!(full, [5]);
+    assert!(all.iter().filter(|byte| **byte != 0).count() == 65536, "the rest is zero");
+}
+
 /// Goal: no room leaves the base as it was, and the write can be done again; a failed sync stops writing.
 #[test]
 fn full_disks_and_failed_syncs() {
