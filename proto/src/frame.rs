@@ -1,6 +1,8 @@
 //! Frames: about 64 KiB of packed chunks, compressed and sealed as one. A frame describes itself and says nothing about
 //! where it is stored, so it can be moved between batches and segments. Byte table: `docs/formats/batch.md`.
 
+use std::cell::RefCell;
+
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -324,7 +326,7 @@ impl FrameKey {
         }
         out.clear();
         out.resize(header.plain_len(), 0);
-        let len = zstd::bulk::decompress_to_buffer(scratch, &mut out[..]).map_err(compression_error)?;
+        let len = decompress(scratch, &mut out[..]).map_err(compression_error)?;
         if len == header.plain_len() {
             Ok(())
         } else {
@@ -334,6 +336,20 @@ impl FrameKey {
             })
         }
     }
+}
+
+/// Decompresses one frame; gives its length. With a context that the thread keeps: making one takes about as long as a small frame.
+fn decompress(from: &[u8], to: &mut [u8]) -> std::io::Result<usize> {
+    thread_local! {
+        static CONTEXT: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
+    }
+    CONTEXT.with_borrow_mut(|kept| {
+        let context = match kept {
+            Some(context) => context,
+            None => kept.insert(zstd::bulk::Decompressor::new()?),
+        };
+        context.decompress_to_buffer(from, to)
+    })
 }
 
 /// Makes room for a frame's header at the end of `out`; the content is appended behind it, then
