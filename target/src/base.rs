@@ -403,6 +403,14 @@ impl<S: Storage> Base<S> {
         Ok(())
     }
 
+    /// The range will be read soon; a hint.
+    pub(crate) fn will_need(&self, range: Range<u64>) {
+        let end = range.end.min(self.size());
+        if range.start < end {
+            self.data.will_need(range.start, end - range.start);
+        }
+    }
+
     /// Reads one whole slot, verified.
     fn read_slot(&self, slot: u64, out: &mut [u8]) -> Result<()> {
         match self.try_slot(slot, out) {

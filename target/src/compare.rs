@@ -23,6 +23,40 @@ fn answer(record: &Record, offset: u64, len: u64, equal: bool) -> Answer {
     Answer { volume: record.volume(), position: record.position(), offset, len, equal }
 }
 
+/// Records looked at ahead of the one that is compared: 4 MiB, many reads at a time for a disk that would else do one.
+const AHEAD: usize = 64;
+
+/// To be called before each record `seq` of a batch: has the bases read what the probes behind it will compare. In vain where the
+/// journal has it: then the base's bytes are read for nothing, while a compare that finds nothing new is many times as fast.
+pub(crate) fn read_ahead<S: Storage>(
+    records: &[Record],
+    seq: usize,
+    base: impl Fn(VolumeIndex) -> Option<std::sync::Arc<Base<S>>>,
+) {
+    if !seq.is_multiple_of(AHEAD) {
+        return;
+    }
+    let from = if seq == 0 { 0 } else { (seq + AHEAD).min(records.len()) };
+    let window = &records[from..(seq + 2 * AHEAD).min(records.len())];
+    let probes = || window.iter().filter(|record| record.kind() == Kind::Probe);
+    let mut run: Option<(VolumeIndex, std::ops::Range<u64>)> = None;
+    let need = |run: Option<(VolumeIndex, std::ops::Range<u64>)>| {
+        if let Some((volume, range)) = run
+            && let Some(base) = base(volume)
+        {
+            base.will_need(range);
+        }
+    };
+    for record in probes() {
+        let (start, end) = (record.start_byte(), record.start_byte() + record.len_bytes());
+        match &mut run {
+            Some((volume, range)) if *volume == record.volume() && range.end == start => range.end = end,
+            Some(_) | None => need(run.replace((record.volume(), start..end))),
+        }
+    }
+    need(run);
+}
+
 /// Compares with the base of a volume that has no point yet, as it is now.
 #[must_use]
 pub(crate) fn with_base<S: Storage>(base: &Base<S>, record: &Record, dedup: &DedupKey) -> Vec<Answer> {
@@ -60,6 +94,9 @@ fn read_range<S: Storage>(
     out: &mut [u8],
 ) -> Result<()> {
     let slot = offset / SLOT_BYTES;
+    if offset.is_multiple_of(SLOT_BYTES) && out.len() as u64 == SLOT_BYTES {
+        return reader::read_slot(stream, volume, slot, upto, out);
+    }
     let size = stream.record().volumes.iter().find(|decl| decl.index == volume).map_or(0, |decl| decl.size);
     let len = SLOT_BYTES.min(size.saturating_sub(slot * SLOT_BYTES));
     let mut whole = vec![0; usize::try_from(len).expect("at most a slot")];

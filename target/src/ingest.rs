@@ -523,6 +523,10 @@ impl<S: Storage> Ingest<S> {
         let mut opener = Opener::new(keys.host_key(epoch).map_err(Denied::malformed)?, frames);
         let references: BTreeMap<u32, ChunkPlace> = staged.references.iter().map(|r| (r.record(), r.place())).collect();
         for (seq, record) in (0u32..).zip(&staged.list.records) {
+            compare::read_ahead(&staged.list.records, seq as usize, |volume| {
+                // Those of the others are compared later.
+                self.stream.base(volume).ok().filter(|_| !state.is_journaled(volume))
+            });
             let kind = record.kind();
             if state.is_journaled(record.volume()) || !(kind.changes_content() || kind.is_sync()) {
                 if let Home::Here { frame, .. } = record.home() {
@@ -693,6 +697,9 @@ impl<S: Storage> Ingest<S> {
     ) {
         let mut state = before.clone();
         for (seq, record) in (0u32..).zip(records) {
+            compare::read_ahead(records, seq as usize, |volume| {
+                self.stream.base(volume).ok().filter(|_| state.is_journaled(volume))
+            });
             let kind = record.kind();
             if matches!(kind, Kind::Probe | Kind::ProbeZero) && state.is_journaled(record.volume()) {
                 let answer = match self.stream.keys.dedup_key(header.key_epoch()) {

@@ -307,6 +307,13 @@ impl StorageFile for DirFile {
         // SAFETY: the descriptor is open for the borrow of `file`; no memory is passed. A hint: errors do not matter.
         let _ = unsafe { libc::sync_file_range(file.as_raw_fd(), offset, len, libc::SYNC_FILE_RANGE_WRITE) };
     }
+
+    fn will_need(&self, offset: u64, len: u64) {
+        let Inner::File(PlainFile { file, .. }) = &self.0 else { return };
+        let (Ok(offset), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) else { return };
+        // SAFETY: the descriptor is open for the borrow of `file`; no memory is passed. A hint: errors do not matter.
+        let _ = unsafe { libc::posix_fadvise(file.as_raw_fd(), offset, len, libc::POSIX_FADV_WILLNEED) };
+    }
 }
 
 /// Zeroes per write where holes are not supported.

@@ -42,6 +42,8 @@ pub trait StorageFile: Send + Sync + 'static {
     fn allocated(&self) -> io::Result<u64>;
     /// Starts write-back of the range without waiting (`sync_file_range`); a hint.
     fn start_writeback(&self, _offset: u64, _len: u64) {}
+    /// The range will be read soon: starts reading it into the page cache, where there is one; a hint.
+    fn will_need(&self, _offset: u64, _len: u64) {}
 }
 
 /// How to open a file.
