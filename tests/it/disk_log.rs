@@ -144,7 +144,8 @@ fn the_log_survives_the_host() {
         let mut guest = Guest::new(&socket, model, 42)?;
         rig.wait()?;
         until("the activity log covers everything", || {
-            Ok((rig.status()?["activity_log"]["covers"] == true).then_some(()))
+            let covers = rig.status()?["activity_log"]["covers"] == true;
+            Ok((covers && rig.agent_alarm("activity-log.uncovered")?.is_none()).then_some(()))
         })?;
         rig.sites.link().cut();
         write(rig, &mut guest, 12)?;
