@@ -209,7 +209,9 @@ pub(crate) enum Command {
     #[command(subcommand)]
     Log(LogCommand),
     /// Measure the published figures.
-    #[command(after_help = "Example:\n  farshore bench list\n  farshore bench guest --seconds 60 --dir /mnt/scratch")]
+    #[command(
+        after_help = "Example:\n  farshore bench list\n  farshore bench guest --seconds 60 --dir /mnt/scratch\n  farshore bench sync --size 4GiB --rounds 5 --dir /mnt/scratch"
+    )]
     Bench(crate::bench::BenchArgs),
 }
 

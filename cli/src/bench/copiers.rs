@@ -26,7 +26,7 @@ impl NbdcopyTarget {
     /// Serves `image`; keys and sockets go to `dir`, which must not exist.
     pub(super) fn start(dir: &Path, image: &Path) -> Result<Self> {
         let nbdcopy = find("nbdcopy", "libnbd-bin")?;
-        let server = find("qemu-storage-daemon", "qemu-system-common or qemu-utils")?;
+        let server = find("qemu-storage-daemon", "qemu-system-common")?;
         std::fs::create_dir(dir).context("make a folder for the peer")?;
         // A key of both sides spares certificates; after the handshake TLS is the same.
         let mut key = [0; 32];

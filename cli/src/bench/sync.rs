@@ -247,3 +247,30 @@ fn files(path: &Path) -> Result<Vec<PathBuf>> {
     }
     Ok(found)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// Goal: no block is made twice, in one image or in two, so that nobody gains by knowing one of them; half of each compresses.
+    #[test]
+    fn no_content_comes_twice() {
+        let mut seen = BTreeSet::new();
+        for seed in 0..4 {
+            for number in 0..512 {
+                let mut block = [0; 4096];
+                content(&mut block, seed, number * 4096);
+                assert!(block[2048..].iter().all(|byte| *byte == 0x5a));
+                assert!(seen.insert(block[..2048].to_vec()), "seed {seed}, block {number}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_median_is_in_the_middle() {
+        let times = [5, 1, 9].map(Duration::from_secs);
+        assert_eq!(median(&times), Duration::from_secs(5));
+    }
+}
