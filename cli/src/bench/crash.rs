@@ -88,7 +88,7 @@ pub(super) fn crash(bench: &Bench<'_>) -> Result<Vec<Row>> {
         Row::new("the same", middle(&with, |cost| cost.compared), "MB")
             .against("extents active just before × 4 MiB", middle(&with, |cost| cost.active * EXTENT_BYTES)),
         Row::new("power cuts after which more was compared than that", excess, "").at_most(0.0),
-        Row::new("the same", middle(&with, |cost| cost.compared), "MB")
+        Row::new("bytes compared after a power cut", middle(&with, |cost| cost.compared), "MB")
             .against("whole-disk compare", middle(&without, |cost| cost.compared)),
         Row::new("from the agent's start to a recovery point", seconds(&with), "s")
             .against("with a whole-disk compare", seconds(&without)),
