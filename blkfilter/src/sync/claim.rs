@@ -255,16 +255,21 @@ impl Syncer {
     /// Everything below `position` is durable: it is not *in flight* any more, unless a later claim has it again.
     pub(super) fn settle(&mut self, position: u64) {
         while let Some(claim) = self.unacked.pop_front_if(|claim| claim.position < position) {
-            let Some(volume) = self.volumes.get(&claim.volume) else { continue };
-            let bytes = volume.volume.bytes_of(claim.first, claim.count);
-            volume.volume.in_flight.clear_range(bytes.start, bytes.end - bytes.start);
-            if claim.position >= self.shared_below {
-                continue;
-            }
-            for later in self.unacked.iter().filter(|later| later.overlaps(&claim)) {
-                let bytes = volume.volume.bytes_of(later.first, later.count);
-                volume.volume.in_flight.set_range(bytes.start, bytes.end - bytes.start);
-            }
+            self.not_in_flight(&claim);
+        }
+    }
+
+    /// What was claimed is not *in flight* any more, but where a later claim has it. It is not among `unacked`.
+    pub(super) fn not_in_flight(&self, claim: &Claim) {
+        let Some(volume) = self.volumes.get(&claim.volume) else { return };
+        let bytes = volume.volume.bytes_of(claim.first, claim.count);
+        volume.volume.in_flight.clear_range(bytes.start, bytes.end - bytes.start);
+        if claim.position >= self.shared_below {
+            return;
+        }
+        for later in self.unacked.iter().filter(|later| later.overlaps(claim)) {
+            let bytes = volume.volume.bytes_of(later.first, later.count);
+            volume.volume.in_flight.set_range(bytes.start, bytes.end - bytes.start);
         }
     }
 }

@@ -384,6 +384,8 @@ impl Syncer {
                 let bytes = volume.volume.bytes_of(claim.first, claim.count);
                 self.group.mark_missing(&volume.volume, bytes.start, bytes.end - bytes.start);
             }
+            // Else a slot that turns out to be equal stays in flight for good.
+            self.not_in_flight(&claim);
         }
         self.look = true;
     }
