@@ -53,8 +53,8 @@ pub use capture::CaptureRing;
 pub use coalesce::{Coalescer, Granularity, Origin, RecordSet};
 pub use dedup::{LeaseSet, Seen};
 pub use disk_log::{
-    BATCHES_MAX, DISK_LOG_MIN, Damage, DiskLog, GroupLog, Line, LogDone, LogOrder, LoggedBatch, Look, LookEntry,
-    LookLine, is_disk_log, look,
+    BATCHES_MAX, DISK_LOG_MIN, Damage, DiskLog, GroupLog, Line, LogDone, LogOrder, LogTurn, LoggedBatch, Look,
+    LookEntry, LookLine, is_disk_log, look,
 };
 pub use drain::{Drain, RawBatch, RawEntry};
 pub use driver::{Capture, StreamWaker, StreamerHandle, StreamerStatus};

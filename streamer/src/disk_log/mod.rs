@@ -29,7 +29,7 @@ use crate::source::StreamFlags;
 use self::format::{BLOCK, EntryHeader, Read, SegmentHeader, Superblock, entry_end};
 pub use self::format::{Line, is_disk_log};
 pub use self::look::{Look, LookEntry, LookLine, look};
-pub use self::worker::{LogDone, LogOrder};
+pub use self::worker::{LogDone, LogOrder, LogTurn};
 pub(crate) use self::worker::{LogWorker, ToWorker};
 
 /// Smallest log that is of use, bytes: the largest batch, and room for the next while it is shipped.

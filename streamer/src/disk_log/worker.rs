@@ -149,7 +149,7 @@ impl LogWorker {
 }
 
 fn run<F: StorageFile>(log: GroupLog<F>, orders: &Receiver<ToWorker>, give: &impl Fn(LogDone)) {
-    let mut turn = Turn { log, broken: None, unsynced: None };
+    let mut turn = LogTurn::new(log);
     while let Ok(first) = orders.recv() {
         let mut bytes = 0;
         let mut next = Some(first);
@@ -157,25 +157,39 @@ fn run<F: StorageFile>(log: GroupLog<F>, orders: &Receiver<ToWorker>, give: &imp
             if let ToWorker::Order(LogOrder::Append { batch, .. }) = &order {
                 bytes += batch.len;
             }
-            turn.obey(order, give);
+            match order {
+                ToWorker::Order(order) => turn.obey(order, give),
+                ToWorker::Clear(line) => turn.clear(line),
+            }
             next = if bytes < TURN_BYTES { orders.try_recv().ok() } else { None };
         }
         turn.sync(give);
     }
 }
 
-/// Orders in a row, with one sync at the end.
-struct Turn<F> {
+/// What a group's log does with its orders. Blocks. After some of them [`Self::sync`]: then what was appended is answered.
+#[derive(Debug)]
+pub struct LogTurn<F> {
     log: GroupLog<F>,
     /// A write failed: what the file holds is not known, and nothing is appended to it.
     broken: Option<String>,
     unsynced: Option<(u64, BatchNo)>,
 }
 
-impl<F: StorageFile> Turn<F> {
-    fn obey(&mut self, order: ToWorker, give: &impl Fn(LogDone)) {
+impl<F: StorageFile> LogTurn<F> {
+    /// Over a line that was begun or taken up.
+    #[must_use]
+    pub fn new(log: GroupLog<F>) -> Self {
+        Self { log, broken: None, unsynced: None }
+    }
+
+    /// One order; what comes of it goes to `give`.
+    ///
+    /// # Panics
+    /// If it is one that something has to be recorded for: [`LogOrder::Begin`], [`LogOrder::End`], [`LogOrder::GiveUp`].
+    pub fn obey(&mut self, order: LogOrder, give: &impl Fn(LogDone)) {
         match order {
-            ToWorker::Order(LogOrder::Append { epoch, batch, pieces }) => {
+            LogOrder::Append { epoch, batch, pieces } => {
                 if let Some(reason) = &self.broken {
                     return give(LogDone::Failed { epoch, reason: reason.clone() });
                 }
@@ -193,27 +207,30 @@ impl<F: StorageFile> Turn<F> {
                     Err(NotAppended::Failed(error)) => self.fail(epoch, &error, give),
                 }
             }
-            ToWorker::Order(LogOrder::Load { epoch, number }) => give(match self.log.load(number) {
+            LogOrder::Load { epoch, number } => give(match self.log.load(number) {
                 Ok(bytes) => LogDone::Loaded { epoch, number, bytes: bytes.into() },
                 Err(error) => LogDone::Unreadable { epoch, number, reason: error.to_string() },
             }),
-            ToWorker::Order(LogOrder::Trim { number }) => self.log.trim(number),
-            ToWorker::Order(LogOrder::Probe { epoch }) => match self.log.probe() {
+            LogOrder::Trim { number } => self.log.trim(number),
+            LogOrder::Probe { epoch } => match self.log.probe() {
                 Ok(()) => give(LogDone::Probed { epoch }),
                 Err(error) => give(LogDone::Failed { epoch, reason: error.to_string() }),
             },
-            ToWorker::Clear(line) => {
-                self.unsynced = None;
-                self.broken = None;
-                self.log.clear(line);
-            }
-            ToWorker::Order(LogOrder::Begin | LogOrder::End | LogOrder::GiveUp) => {
+            LogOrder::Begin | LogOrder::End | LogOrder::GiveUp => {
                 unreachable!("the streamer's thread obeys these")
             }
         }
     }
 
-    fn sync(&mut self, give: &impl Fn(LogDone)) {
+    /// Empties the log, which becomes the line of this number.
+    pub fn clear(&mut self, line: u64) {
+        self.unsynced = None;
+        self.broken = None;
+        self.log.clear(line);
+    }
+
+    /// Makes durable what was appended, and answers for it.
+    pub fn sync(&mut self, give: &impl Fn(LogDone)) {
         let Some((epoch, number)) = self.unsynced.take() else { return };
         match self.log.sync() {
             Ok(()) => give(LogDone::Appended { epoch, number }),
