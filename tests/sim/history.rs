@@ -30,11 +30,22 @@ struct Version {
     acked: u64,
 }
 
+/// Sectors that are looked at as one while nobody writes to them.
+const RUN: usize = 128;
+
 /// Per sector of one volume, what it held, in order. The filter serialises overlapping requests, so they ended in the order in
 /// which the device executed them.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct History {
     sectors: Vec<Vec<Version>>,
+    /// The first of `sectors` that a power cut may leave.
+    floors: Vec<usize>,
+    /// Runs of sectors that hold zeroes, and always did.
+    blank: Vec<bool>,
+    /// Sectors that could not be read: what points hold of them is not known.
+    unknown: Vec<bool>,
+    /// A flush failed then: what had been written before may never become stable.
+    failed: u64,
 }
 
 impl History {
@@ -43,15 +54,87 @@ impl History {
             let id = id_of(sector).expect("the first image was stamped");
             vec![Version { id, submitted: 0, acked: 0 }]
         };
-        Self { sectors: image.chunks(SECTOR).map(first).collect() }
+        let sectors: Vec<_> = image.chunks(SECTOR).map(first).collect();
+        let blank = image.chunks(SECTOR * RUN).map(is_zero).collect();
+        Self { floors: vec![0; sectors.len()], blank, unknown: vec![false; sectors.len()], sectors, failed: 0 }
     }
 
-    /// A guest was told that its write is done. `id` 0: zeroes.
-    pub(crate) fn wrote(&mut self, offset: u64, len: u64, id: u64, submitted: u64, acked: u64) {
+    fn range(offset: u64, len: u64) -> std::ops::Range<usize> {
         let index = |at: u64| usize::try_from(at / SECTOR_BYTES).expect("a small volume");
-        for versions in &mut self.sectors[index(offset)..index(offset + len)] {
-            versions.push(Version { id, submitted, acked });
+        index(offset)..index(offset + len)
+    }
+
+    /// A guest was told that its write is done. `id` 0: zeroes. `stable`: it is so (FUA).
+    pub(crate) fn wrote(&mut self, offset: u64, len: u64, id: u64, submitted: u64, acked: u64, stable: bool) {
+        for at in Self::range(offset, len) {
+            self.blank[at / RUN] = false;
+            self.sectors[at].push(Version { id, submitted, acked });
+            if stable {
+                self.floors[at] = self.sectors[at].len() - 1;
+            }
         }
+    }
+
+    /// A write failed, or nobody heard of its end: any of its sectors may hold it.
+    pub(crate) fn perhaps_wrote(&mut self, offset: u64, id: u64, submitted: u64, found: &[u8]) {
+        let range = Self::range(offset, found.len() as u64);
+        for (at, bytes) in range.zip(found.chunks(SECTOR)) {
+            if id_of(bytes) == Some(id) {
+                self.blank[at / RUN] = false;
+                self.sectors[at].push(Version { id, submitted, acked: u64::MAX });
+            }
+        }
+    }
+
+    /// A guest was told that its flush, submitted then, is done.
+    pub(crate) fn flushed(&mut self, submitted: u64) {
+        let failed = self.failed;
+        for (versions, floor) in self.sectors.iter().zip(&mut self.floors) {
+            // One that ended after a flush had failed may have been in what that flush lost.
+            let stable = |version: &Version| version.acked < submitted && version.submitted > failed;
+            if let Some(last) = versions.iter().rposition(stable) {
+                *floor = (*floor).max(last);
+            }
+        }
+    }
+
+    pub(crate) fn flush_failed(&mut self, step: u64) {
+        self.failed = self.failed.max(step);
+    }
+
+    /// The host went down, and its disk holds `image` now: what it was told to keep, and of the rest anything. `checked`: else it is the
+    /// image of another time.
+    pub(crate) fn went_down(&mut self, image: &[u8], step: u64, checked: bool) -> Result<(), String> {
+        for (at, bytes) in image.chunks(SECTOR).enumerate() {
+            if self.blank[at / RUN] {
+                continue;
+            }
+            let id = id_of(bytes).ok_or_else(|| format!("sector {at} holds what nobody wrote"))?;
+            let versions = &mut self.sectors[at];
+            if checked && !versions[self.floors[at]..].iter().any(|version| version.id == id) {
+                let kept = versions[self.floors[at]];
+                return Err(format!("sector {at} holds {id} after a power cut, and was flushed with {kept:?}"));
+            }
+            versions.push(Version { id, submitted: step, acked: step });
+            self.floors[at] = versions.len() - 1;
+        }
+        Ok(())
+    }
+
+    /// These bytes could not be read.
+    pub(crate) fn unreadable(&mut self, offset: u64, len: u64) {
+        self.unknown[Self::range(offset, len)].fill(true);
+    }
+
+    /// Whether it is known what the sectors of the range hold in points.
+    pub(crate) fn is_known(&self, offset: u64, len: u64) -> bool {
+        !self.unknown[Self::range(offset, len)].contains(&true)
+    }
+
+    /// First byte that differs, of those that are known.
+    pub(crate) fn difference(&self, image: &[u8], other: &[u8]) -> Option<usize> {
+        let pairs = image.chunks(SECTOR).zip(other.chunks(SECTOR)).zip(&self.unknown).enumerate();
+        pairs.filter(|(_, ((a, b), unknown))| a != b && !**unknown).map(|(at, _)| at * SECTOR).next()
     }
 
     /// The moments at which a sector may have held these bytes: from the submission of a write of them to the acknowledgement
@@ -73,6 +156,10 @@ impl History {
     }
 }
 
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.iter().all(|byte| *byte == 0)
+}
+
 /// Whether the images together are what a power cut at or after the step `cut` could have left: nothing in it that was
 /// submitted after something was acknowledged that is not in it, and nothing lost that was acknowledged before `cut`.
 pub(crate) fn check_cut(volumes: &[(&History, &[u8])], cut: u64) -> Result<(), String> {
@@ -80,7 +167,15 @@ pub(crate) fn check_cut(volumes: &[(&History, &[u8])], cut: u64) -> Result<(), S
     let mut edges: Vec<(u64, i64)> = Vec::new();
     let mut sectors = 0;
     for (volume, (history, image)) in volumes.iter().enumerate() {
+        for (run, bytes) in image.chunks(SECTOR * RUN).enumerate().filter(|(run, _)| history.blank[*run]) {
+            if !is_zero(bytes) {
+                return Err(format!("sectors from {} on of volume {volume} hold what nobody wrote", run * RUN));
+            }
+        }
         for (sector, (versions, bytes)) in history.sectors.iter().zip(image.chunks(SECTOR)).enumerate() {
+            if history.blank[sector / RUN] || history.unknown[sector] {
+                continue;
+            }
             let found = History::moments(versions, bytes);
             let late: Vec<_> = found.iter().filter(|(_, to)| *to >= cut).collect();
             if late.is_empty() {
@@ -115,8 +210,8 @@ fn lost_and_reordered_writes_are_found() {
     let mut first = vec![0; 2 * SECTOR];
     stamp(&mut first, 11);
     let mut history = History::new(&first);
-    history.wrote(0, 512, 20, 1, 2);
-    history.wrote(512, 512, 21, 3, 4);
+    history.wrote(0, 512, 20, 1, 2, false);
+    history.wrote(512, 512, 21, 3, 4, false);
     let image = |ids: [u64; 2]| {
         let mut bytes = vec![0; 2 * SECTOR];
         bytes.chunks_mut(SECTOR).zip(ids).for_each(|(sector, id)| stamp(sector, id));
@@ -128,4 +223,24 @@ fn lost_and_reordered_writes_are_found() {
     assert!(!check([11, 21], 0), "the second write without the first");
     assert!(!check([11, 11], 3) && !check([20, 11], 5), "lost an acknowledged write");
     assert!(!check([20, 99], 0), "never written");
+}
+
+#[test]
+fn what_was_flushed_is_asked_for_after_a_power_cut() {
+    let mut first = vec![0; 2 * SECTOR];
+    stamp(&mut first, 11);
+    let after = |id: u64, failed: bool| {
+        let mut history = History::new(&first);
+        history.wrote(0, 512, 20, 1, 2, false);
+        if failed {
+            history.flush_failed(3);
+        }
+        history.flushed(4);
+        history.wrote(0, 512, 22, 5, 6, false);
+        let mut image = first.clone();
+        stamp(&mut image[..SECTOR], id);
+        history.went_down(&image, 9, true).is_ok()
+    };
+    assert!(after(20, false) && after(22, false) && !after(11, false) && !after(99, false));
+    assert!(after(11, true), "a flush that failed keeps nothing");
 }

@@ -1,9 +1,11 @@
 //! The target on a simulated machine that dies and comes back.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use farshore_proto::keys::VaultKey;
 use farshore_proto::{KeyEpoch, Name, Now, Role, VaultId, VolumeIndex, WallTime};
+use farshore_target::alarm::{Alarm, AlarmCode};
 use farshore_target::check::Checker;
 use farshore_target::group::{GroupHost, UpTo};
 use farshore_target::ingest::OwnedBatch;
@@ -15,8 +17,9 @@ use farshore_target::restore::{self, restore};
 use farshore_target::retention::{Mover, Step};
 use farshore_target::target::{Peer, Target, TargetConfig};
 use farshore_target::view::ViewOf;
-use farshore_uring::sim::{SimRng, SimStorage};
+use farshore_uring::sim::{SimRng, SimStorage, StorageOp};
 
+use crate::faults::{Coverage, Fault};
 use crate::wire::Arrival;
 
 pub(crate) const VAULT: VaultId = VaultId([0x11; 16]);
@@ -51,13 +54,19 @@ pub(crate) struct Site {
     life: Option<Life>,
     /// From this storage call on the machine is dead.
     dies_at: Option<u64>,
-    pub(crate) crashes: u64,
-    pub(crate) moves: u64,
+    coverage: Arc<Coverage>,
+    /// Faults of the disk since the target was started: errors are no surprise.
+    excused: Arc<AtomicBool>,
+    /// The disk has failed in this run.
+    hurt: bool,
+    backup: Option<SimStorage>,
 }
 
 impl Site {
-    pub(crate) fn new(rng: SimRng) -> Self {
-        let mut site = Self { storage: SimStorage::new(rng), life: None, dies_at: None, crashes: 0, moves: 0 };
+    pub(crate) fn new(rng: SimRng, coverage: Arc<Coverage>) -> Self {
+        let storage = SimStorage::new(rng);
+        let mut site =
+            Self { storage, life: None, dies_at: None, coverage, excused: Arc::default(), hurt: false, backup: None };
         site.boot();
         site
     }
@@ -70,6 +79,10 @@ impl Site {
         self.dies_at.is_some_and(|at| self.storage.op_count() > at)
     }
 
+    fn excused(&self) -> bool {
+        self.died() || self.excused.load(Ordering::Relaxed)
+    }
+
     /// Dies at one of the next storage calls.
     pub(crate) fn die_within(&mut self, calls: u64, rng: &mut SimRng) {
         self.dies_at = Some(self.storage.op_count() + rng.below(calls));
@@ -78,10 +91,38 @@ impl Site {
 
     /// No more trouble: a death that has not come will not.
     pub(crate) fn spare(&mut self) {
+        self.storage.clear_fault();
         if !self.died() {
             self.dies_at = None;
             self.storage.crash_at(None);
         }
+    }
+
+    /// Its disk fails some calls from now on, until [`Self::spare`]: `full`, those that need room; else those that write and sync.
+    pub(crate) fn fail(&mut self, full: bool, rate: u64, mut rng: SimRng) {
+        let (coverage, excused) = (Arc::clone(&self.coverage), Arc::clone(&self.excused));
+        self.storage.set_fault(move |op, _| {
+            let concerned = match full {
+                true => matches!(op, StorageOp::Write | StorageOp::Reserve | StorageOp::CreateDirAll),
+                false => matches!(op, StorageOp::Write | StorageOp::Sync | StorageOp::Read),
+            };
+            if !concerned || !rng.chance(rate, 1000) {
+                return None;
+            }
+            excused.store(true, Ordering::Relaxed);
+            coverage.hit(if full { Fault::TargetFull } else { Fault::TargetEio });
+            Some(std::io::Error::from_raw_os_error(if full { 28 } else { 5 }))
+        });
+    }
+
+    /// Its disk works again.
+    pub(crate) fn storage_heals(&self) {
+        self.storage.clear_fault();
+    }
+
+    /// The machine has to be started anew before it serves again.
+    pub(crate) fn needs_restart(&self) -> bool {
+        self.excused.load(Ordering::Relaxed)
     }
 
     /// If the machine has died since the last call: what its disk keeps is decided, and the process is gone.
@@ -98,20 +139,49 @@ impl Site {
         self.life = None;
         self.dies_at = None;
         self.storage = self.storage.crash(rng);
-        self.crashes += 1;
+        self.coverage.hit(Fault::TargetCrash);
+    }
+
+    /// The process alone ends; what it had written is there.
+    pub(crate) fn kill(&mut self) {
+        self.life = None;
+        self.coverage.hit(Fault::TargetKill);
+    }
+
+    /// Somebody makes a copy of the target's disk.
+    pub(crate) fn back_up(&mut self) {
+        self.backup = Some(self.storage.fork());
+    }
+
+    /// The machine comes back with the disk of that copy.
+    pub(crate) fn go_back(&mut self, rng: &mut SimRng) -> bool {
+        let Some(backup) = self.backup.take() else { return false };
+        self.life = None;
+        self.dies_at = None;
+        self.storage = backup.crash(rng);
+        self.coverage.hit(Fault::TargetOld);
+        true
     }
 
     /// Starts the target. It stays down if the machine dies meanwhile.
     pub(crate) fn boot(&mut self) {
-        let keys = TargetKeys::new(VAULT, [vault_key()]).expect("one key");
-        let opened = Target::open(self.storage.clone(), keys, CONFIG);
-        if self.died() {
+        self.hurt |= self.excused.swap(false, Ordering::Relaxed);
+        let opened = open(&self.storage);
+        if self.excused() {
             return;
         }
         let target = opened.expect("opens after a crash");
         assert!(target.broken().is_empty(), "{:?}", target.broken());
-        assert_eq!(target.alarm_list(), [], "a crash is no damage");
+        // A footer that the disk did not take is made again.
+        let expected = |alarm: &Alarm| self.hurt && alarm.code == AlarmCode::FooterRebuilt;
+        let alarms: Vec<_> = target.alarm_list().into_iter().filter(|alarm| !expected(alarm)).collect();
+        assert_eq!(alarms, [], "a crash is no damage");
         self.life = Some(Life { target, chores: None });
+    }
+
+    /// Another target over a copy of the disk, as it is.
+    pub(crate) fn copy(&self) -> SimStorage {
+        self.storage.fork()
     }
 
     fn target(&self) -> Option<&Target<SimStorage>> {
@@ -153,7 +223,7 @@ impl Site {
     pub(crate) fn seal(&self) {
         for lane in self.target().into_iter().flat_map(|target| target.lanes().into_values()) {
             let sealed = lane.seal();
-            assert!(self.died() || sealed.is_ok(), "{sealed:?}");
+            assert!(self.excused() || sealed.is_ok(), "{sealed:?}");
         }
     }
 
@@ -167,11 +237,12 @@ impl Site {
         });
         let checked = chores.checker.step();
         let moved = chores.mover.step(wall);
-        if self.died() {
+        if self.excused() {
             return;
         }
         checked.expect("no disk fails here");
-        self.moves += u64::from(matches!(moved.expect("no disk fails here"), Step::Finished(_)));
+        let finished = matches!(moved.expect("no disk fails here"), Step::Finished(_));
+        self.coverage.add(Fault::Moves, u64::from(finished));
         assert_eq!(stream.damage().iter().count(), 0, "nothing was damaged");
     }
 
@@ -179,19 +250,35 @@ impl Site {
     pub(crate) fn keep(&self, text: &str) {
         if let Some(target) = self.target() {
             let set = target.catalog().set_policy(&name("db"), "keep", Some(text));
-            assert!(self.died() || set.is_ok(), "{set:?}");
+            assert!(self.excused() || set.is_ok(), "{set:?}");
         }
     }
 }
 
-/// A volume at a point, slot by slot.
-pub(crate) fn read_volume(stream: &Stream, volume: VolumeIndex, size: u64, point: &Point) -> Vec<u8> {
+/// A target over `storage`, as it starts.
+pub(crate) fn open(storage: &SimStorage) -> farshore_target::Result<Target<SimStorage>> {
+    let keys = TargetKeys::new(VAULT, [vault_key()]).expect("one key");
+    Target::open(storage.clone(), keys, CONFIG)
+}
+
+/// A volume at a point, slot by slot; an error where it is refused.
+pub(crate) fn try_read(
+    stream: &Stream,
+    volume: VolumeIndex,
+    size: u64,
+    point: &Point,
+) -> farshore_target::Result<Vec<u8>> {
     let mut content = vec![0; usize::try_from(size).expect("small")];
     for (slot, out) in (0..).zip(content.chunks_mut(SLOT)) {
-        let read = reader::read_slot(stream, volume, slot, UpTo::end_of(point.id.batch), out);
-        read.unwrap_or_else(|error| panic!("slot {slot} of volume {volume} at {}: {error}", point.id));
+        reader::read_slot(stream, volume, slot, UpTo::end_of(point.id.batch), out)?;
     }
-    content
+    Ok(content)
+}
+
+/// A volume at a point, slot by slot.
+pub(crate) fn read_volume(stream: &Stream, volume: VolumeIndex, size: u64, point: &Point) -> Vec<u8> {
+    let read = try_read(stream, volume, size, point);
+    read.unwrap_or_else(|error| panic!("volume {volume} at {}: {error}", point.id))
 }
 
 struct Memory(Vec<u8>);

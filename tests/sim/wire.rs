@@ -1,13 +1,24 @@
-//! One session of the link, in memory: control messages in order and late, batches in any order, everything lost at its end.
+//! One session of the link, in memory: control messages in order and late, batches in any order, everything lost at its end. With
+//! trouble, it loses, doubles and corrupts (as a broken transport would), and carries nothing for a while.
 
 use std::collections::VecDeque;
 
 use farshore_uring::sim::SimRng;
 
+use crate::faults::{Coverage, Fault};
+
 /// Batches under way at a time; more, and the link says that it is full.
 const BATCHES_MAX: usize = 6;
 
 type Late = (u64, Vec<u8>);
+
+/// What the link does wrong. Chances in a thousand messages.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct LinkTrouble {
+    pub(crate) lose: u64,
+    pub(crate) double: u64,
+    pub(crate) corrupt: u64,
+}
 
 #[derive(Debug)]
 pub(crate) struct Wire {
@@ -16,13 +27,19 @@ pub(crate) struct Wire {
     delay: u64,
     to_target: VecDeque<Late>,
     to_source: VecDeque<Late>,
-    batches: Vec<Late>,
+    batches: Vec<(u64, Vec<u8>, u64)>,
     /// The source has not heard of the end.
     pub(crate) source_up: bool,
     /// The end, which the source hears of behind the messages that are on their way.
     pub(crate) closing: Option<String>,
     /// When the target hears of the end; until then it may still get what was on its way.
     pub(crate) target_down: Option<u64>,
+    /// Nothing arrives before this step.
+    pub(crate) stalled_until: u64,
+    /// It breaks by itself then: a transport that lost something for good.
+    pub(crate) breaks_at: Option<u64>,
+    order: u64,
+    delivered: u64,
 }
 
 /// What arrives at the target.
@@ -42,6 +59,10 @@ impl Wire {
             source_up: true,
             closing: None,
             target_down: None,
+            stalled_until: 0,
+            breaks_at: None,
+            order: 0,
+            delivered: 0,
         }
     }
 
@@ -66,13 +87,36 @@ impl Wire {
         self.batches.len() < BATCHES_MAX
     }
 
-    pub(crate) fn send_batch(&mut self, step: u64, rng: &mut SimRng, bytes: Vec<u8>) {
-        let due = step + rng.below(self.delay);
-        self.batches.push((due, bytes));
+    pub(crate) fn send_batch(
+        &mut self,
+        step: u64,
+        rng: &mut SimRng,
+        mut bytes: Vec<u8>,
+        (trouble, coverage): (LinkTrouble, &Coverage),
+    ) {
+        self.order += 1;
+        let due = |rng: &mut SimRng, delay| step + rng.below(delay);
+        if rng.chance(trouble.lose, 1000) {
+            coverage.hit(Fault::BatchLost);
+            self.breaks_at.get_or_insert(step + 1 + rng.below(300));
+            return;
+        }
+        if rng.chance(trouble.double, 1000) {
+            coverage.hit(Fault::BatchDoubled);
+            self.batches.push((due(rng, self.delay * 3), bytes.clone(), self.order));
+        }
+        if rng.chance(trouble.corrupt, 1000) {
+            coverage.hit(Fault::BatchCorrupt);
+            corrupt(rng, &mut bytes);
+        }
+        self.batches.push((due(rng, self.delay), bytes, self.order));
     }
 
     /// The next thing that reaches the target by now, any of those that may.
-    pub(crate) fn at_target(&mut self, step: u64, rng: &mut SimRng) -> Option<Arrival> {
+    pub(crate) fn at_target(&mut self, step: u64, rng: &mut SimRng, coverage: &Coverage) -> Option<Arrival> {
+        if step < self.stalled_until {
+            return None;
+        }
         let due: Vec<usize> = (0..self.batches.len()).filter(|index| self.batches[*index].0 <= step).collect();
         let control = self.to_target.front().is_some_and(|(at, _)| *at <= step);
         if control && (due.is_empty() || rng.chance(1, 2)) {
@@ -81,12 +125,19 @@ impl Wire {
         if due.is_empty() {
             return None;
         }
-        let (_, bytes) = self.batches.swap_remove(due[rng.index(due.len())]);
+        let (_, bytes, order) = self.batches.swap_remove(due[rng.index(due.len())]);
+        if order < self.delivered {
+            coverage.hit(Fault::BatchOvertaken);
+        }
+        self.delivered = self.delivered.max(order);
         Some(Arrival::Batch(bytes))
     }
 
     /// The next message that reaches the source by now.
     pub(crate) fn at_source(&mut self, step: u64) -> Option<Vec<u8>> {
+        if step < self.stalled_until {
+            return None;
+        }
         self.to_source.pop_front_if(|(due, _)| *due <= step).map(|(_, bytes)| bytes)
     }
 
@@ -104,11 +155,29 @@ impl Wire {
         self.target_down.get_or_insert(step + rng.below(60));
     }
 
+    /// Nothing that the target said arrives.
+    pub(crate) fn hush(&mut self) {
+        self.to_source.clear();
+    }
+
     /// The target's machine died: of what it said some still arrives, then the source hears of it.
     pub(crate) fn cut_at_target(&mut self, rng: &mut SimRng) {
         self.to_target.clear();
         self.batches.clear();
         self.to_source.truncate(rng.index(self.to_source.len() + 1));
         self.closing = Some("the target's machine died".into());
+    }
+}
+
+/// Flips a bit, or cuts it short.
+pub(crate) fn corrupt(rng: &mut SimRng, bytes: &mut Vec<u8>) {
+    if bytes.is_empty() {
+        return;
+    }
+    let at = rng.index(bytes.len());
+    if rng.chance(1, 4) {
+        bytes.truncate(at);
+    } else {
+        bytes[at] ^= 1 << rng.below(8);
     }
 }
