@@ -107,6 +107,8 @@ struct Record {
     since: Now,
     /// The last attempt to record failed.
     unsure: bool,
+    /// A flush failed in this boot.
+    unstable: bool,
 }
 
 #[derive(Default)]
@@ -169,7 +171,14 @@ impl Activity {
             log: Arc::clone(keeper.log()),
             alarms: Arc::clone(alarms),
             store: store.clone(),
-            record: Mutex::new(Record { kept, wanted: covers_last, since: clock::now(), unsure: false }),
+            spoilt: AtomicBool::new(kept.unstable),
+            record: Mutex::new(Record {
+                wanted: covers_last,
+                since: clock::now(),
+                unsure: false,
+                unstable: kept.unstable,
+                kept,
+            }),
             covered: AtomicBool::new(false),
             unflushed: AtomicU64::new(0),
             flag: flag.clone(),
@@ -177,7 +186,6 @@ impl Activity {
             changed: Condvar::new(),
             stall_max: Mutex::new(STALL_MAX),
             covers_last,
-            spoilt: AtomicBool::new(false),
         });
         // The log must not keep alive what keeps it.
         let wake = Arc::downgrade(&inner);
@@ -353,7 +361,9 @@ impl Opened {
             Ok(opened) => opened,
             Err(error) => {
                 // In this life nothing is covered.
-                store.write_log_state(&LogState::new(&path, 0, String::new()))?;
+                let mut none = LogState::new(&path, 0, before.as_ref().map_or_else(String::new, |it| it.boot.clone()));
+                none.unstable = before.as_ref().is_some_and(|before| before.unstable);
+                store.write_log_state(&none)?;
                 return Err(failed(error));
             }
         };
@@ -362,7 +372,9 @@ impl Opened {
         }
         let covers_last = before.as_ref().is_some_and(|state| state.path == path && state.covers(&loaded));
         // Says that nothing is covered, until somebody has taken it over and says otherwise.
-        let kept = LogState::new(&path, life.max(1), boot_text()?);
+        let mut kept = LogState::new(&path, life.max(1), boot_text()?);
+        // What a flush that failed has dropped, no flush of this life brings back.
+        kept.unstable = before.as_ref().is_some_and(|before| before.unstable && before.boot == kept.boot);
         keeper.retain(|volume| known.knows(volume));
         let begun = keeper.begin().map_err(|error| Error::io("write", &path, error));
         store.write_log_state(&kept)?;
@@ -498,6 +510,9 @@ impl Inner {
             }
             match tidied.and_then(|_| keeper.turn()) {
                 Ok(turn) => {
+                    if !turn.stable {
+                        self.note_unstable();
+                    }
                     let found = |(asked, ordered)| self.log.answered() >= asked && self.log.obeyed() >= ordered;
                     let flushed = self.unflushed.load(Ordering::Acquire) == 0;
                     let based = self.covers_last || (flushed && started.is_some_and(found));
@@ -609,6 +624,13 @@ impl Inner {
         }
     }
 
+    /// For the lives that follow in this boot.
+    fn note_unstable(&self) {
+        if !std::mem::replace(&mut self.record().unstable, true) {
+            self.signal(|_| {});
+        }
+    }
+
     /// Keeps the state directory's word in step.
     fn keep_record(&self) {
         let (mut first, mut said) = (true, false);
@@ -622,14 +644,15 @@ impl Inner {
                     self.say(false, None);
                 }
                 let calm = if record.wanted && !first { CALM } else { Duration::ZERO };
-                (record.wanted != record.kept.upheld || record.unsure).then(|| record.since.plus(calm))
+                let changed = record.wanted != record.kept.upheld || record.unstable != record.kept.unstable;
+                (changed || record.unsure).then(|| record.since.plus(calm))
             };
             let now = clock::now();
             match due {
                 Some(due) if due <= now => {
                     let new = {
                         let record = self.record();
-                        LogState { upheld: record.wanted, ..record.kept.clone() }
+                        LogState { upheld: record.wanted, unstable: record.unstable, ..record.kept.clone() }
                     };
                     first &= !new.upheld;
                     said |= !new.upheld;
@@ -698,7 +721,7 @@ impl Inner {
 impl LogState {
     /// Of a life that covers nothing yet.
     fn new(path: &Path, life: u64, boot: String) -> Self {
-        Self { format: 1, path: path.to_owned(), life: format!("{life:016x}"), upheld: false, boot }
+        Self { format: 1, path: path.to_owned(), life: format!("{life:016x}"), upheld: false, boot, unstable: false }
     }
 
     /// That log is the one that is named here, and it covered everything.

@@ -126,6 +126,9 @@ pub struct LogState {
     pub upheld: bool,
     /// Boot that the life is of.
     pub boot: String,
+    /// A flush failed in this boot: until the next, no log covers what the devices hold.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unstable: bool,
 }
 
 /// A device-mapper device whose requests we are put below of.

@@ -857,6 +857,7 @@ impl Agent {
         let tidied = if self.rng.chance(1, 100) { self.keeper.tidy().map(|_| ()) } else { Ok(()) };
         match tidied.and_then(|()| self.keeper.turn()) {
             Ok(turn) => {
+                host.kept.log.unstable |= !turn.stable;
                 let found = |(asked, ordered)| self.log.answered() >= asked && self.log.obeyed() >= ordered;
                 let based = self.watch.covers_last || self.watch.started.is_some_and(found);
                 self.want(host, step, turn.upheld && based && !self.watch.spoilt);

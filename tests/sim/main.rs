@@ -16,7 +16,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::faults::Coverage;
-use crate::world::World;
+use crate::world::{Kind, World};
 
 /// Enough that every fault of the model happens.
 const SEEDS: u64 = 40;
@@ -76,6 +76,19 @@ fn sites_agree_whatever_fails() {
     // Fewer seeds may be quiet ones.
     if number("FARSHORE_SEED").or(number("FARSHORE_SEEDS")).is_none() {
         assert_eq!(sum.never(), Vec::<&str>::new(), "never happened in all seeds");
+    }
+}
+
+/// Goal: what a flush that failed has dropped is compared after a power cut, also where agents were killed since. Method: these faults
+/// alone.
+#[test]
+fn a_flush_that_failed_is_remembered_by_the_next_lives() {
+    for seed in 0..number("FARSHORE_SEEDS").unwrap_or(8) {
+        let mut world = World::with(seed, &[Kind::Flushes, Kind::Kill, Kind::Crash]);
+        world.run(STEPS);
+        if world.settle() {
+            world.check_settled();
+        }
     }
 }
 

@@ -33,7 +33,7 @@ const TROUBLE_STEPS: u64 = 400;
 
 /// What a run may have of faults. Each seed has some of them: faults that come together all the time hide each other.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Kind {
+pub(crate) enum Kind {
     Link,
     Transport,
     Partition,
@@ -148,6 +148,11 @@ impl World {
         };
         world.start_agent();
         world
+    }
+
+    /// With these faults alone.
+    pub(crate) fn with(seed: u64, kinds: &[Kind]) -> Self {
+        Self { kinds: kinds.to_vec(), ..Self::new(seed) }
     }
 
     fn now(&self) -> Now {
@@ -613,6 +618,7 @@ impl World {
                     self.lose_target();
                     // What it said after that copy was made is not heard any more.
                     self.wires.iter_mut().for_each(Wire::hush);
+                    self.take_events();
                     self.excused = true;
                     self.acked = None;
                     self.bookmarks.clear();

@@ -91,6 +91,9 @@ impl Loaded {
 pub struct Turn {
     /// Invariant 1 of the log holds: nothing has gone past it that it does not cover by now.
     pub upheld: bool,
+    /// No flush of a backing device has failed in this life. Otherwise nobody knows what the devices hold, in this life and in those that
+    /// follow it, until the host's next boot: a later flush that ends well does not bring back what the failed one dropped.
+    pub stable: bool,
     /// Nothing more can be made active before a flush ([`Keeper::poll_flush`]) has ended.
     pub starved: bool,
 }
@@ -368,7 +371,8 @@ impl<F: StorageFile> Keeper<F> {
             self.owed = self.log.asked();
         }
         let stable = !self.log.unstable.load(Ordering::Acquire);
-        Ok(Turn { upheld: stable && !self.log.passes() && self.log.answered() >= self.owed, starved })
+        let upheld = stable && !self.log.passes() && self.log.answered() >= self.owed;
+        Ok(Turn { upheld, stable, starved })
     }
 
     /// Answers what can be answered. `true`: more is asked for than there are places.
