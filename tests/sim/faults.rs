@@ -99,7 +99,8 @@ impl Coverage {
 
     /// Those that never happened; what is rare by nature may not.
     pub(crate) fn never(&self) -> Vec<&'static str> {
-        let never = |fault: Fault| fault != Fault::BaseTorn && self.count(fault) == 0;
+        let rare = [Fault::BaseTorn, Fault::LogFull];
+        let never = |fault: Fault| !rare.contains(&fault) && self.count(fault) == 0;
         Fault::ALL.iter().filter(|(fault, _)| never(*fault)).map(|(_, text)| *text).collect()
     }
 }

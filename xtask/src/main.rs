@@ -7,6 +7,7 @@
 
 mod count;
 mod outside;
+mod planted;
 mod process;
 mod report;
 mod suites;

@@ -70,7 +70,7 @@ pub(crate) struct Suite {
 }
 
 /// All suites, in the order in which they run: what fails fast and cheaply comes first.
-pub(crate) static SUITES: [Suite; 16] = [
+pub(crate) static SUITES: [Suite; 18] = [
     suite("fmt", "rustfmt over the workspace", &[], fmt),
     suite("clippy", "clippy over all targets, warnings are errors", &[], clippy),
     suite("docs", "rustdoc over the workspace, warnings are errors", &[], docs),
@@ -119,6 +119,13 @@ pub(crate) static SUITES: [Suite; 16] = [
         kernel,
     ),
     named_only("long", "the loops that tests mark #[ignore = \"…\"]", &[outside::MKFS_EXT4, outside::E2FSCK], long),
+    named_only("swarm", "the simulation over random seeds, for FARSHORE_SWARM minutes (default 1)", &[], swarm),
+    named_only(
+        "planted",
+        "the simulation finds bugs that are planted into a copy of the workspace",
+        &[outside::GIT],
+        planted,
+    ),
     named_only("benches", "every benchmark compiles and runs once", &[], benches),
 ];
 
@@ -371,6 +378,19 @@ fn miri(session: &mut Session) -> Result<()> {
 
 fn sim(session: &mut Session) -> Result<()> {
     session.test_target("sim", |_, _| Ok(()))
+}
+
+fn swarm(session: &mut Session) -> Result<()> {
+    session.test_target("sim", |_, command| {
+        command.args(["--", "--ignored", "--nocapture", "swarm"]);
+        Ok(())
+    })
+}
+
+fn planted(session: &mut Session) -> Result<()> {
+    let (found, survived) = crate::planted::run(&session.workspace.root, &session.workspace.target_directory)?;
+    session.tally.add(&Tally { passed: found, failed: survived, skipped: 0 });
+    Ok(())
 }
 
 fn it(session: &mut Session) -> Result<()> {

@@ -1,0 +1,275 @@
+//! Planted bugs: each is put into a copy of the workspace, and the simulation has to find it. So we know that it can see.
+//!
+//! `FARSHORE_PLANTED=word` runs those whose name contains the word; `FARSHORE_SEEDS=n` tries so many seeds (default 120).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::process::{self, show};
+
+/// A bug: one replacement of text that stands once in its file.
+struct Bug {
+    name: &'static str,
+    /// What it breaks.
+    invariant: &'static str,
+    file: &'static str,
+    old: &'static str,
+    new: &'static str,
+}
+
+/// Longest run of all seeds over one bug. One that makes the simulation stand still counts as found.
+const RUN_MAX: Duration = Duration::from_secs(240);
+const SEEDS: u64 = 120;
+
+const fn bug(
+    name: &'static str,
+    invariant: &'static str,
+    file: &'static str,
+    old: &'static str,
+    new: &'static str,
+) -> Bug {
+    Bug { name, invariant, file, old, new }
+}
+
+#[rustfmt::skip]
+const BUGS: &[Bug] = &[
+    bug("flush-before-eviction", "I4", "blkfilter/src/activity/keeper.rs",
+        "let stable = || place.stamp.load(Ordering::Acquire) < volume.flushes_ended.load(Ordering::Acquire);",
+        "let stable = || true || place.stamp.load(Ordering::Acquire) < volume.flushes_ended.load(Ordering::Acquire);"),
+    bug("evict-without-mark", "I4", "blkfilter/src/activity/keeper.rs",
+        "        (true, false) => Ok((volume.all_slots(extent.number), position)),",
+        "        (true, false) => Ok((0, position)),"),
+    bug("activate-before-sync", "I4", "blkfilter/src/activity/keeper.rs",
+        "            self.write_transaction(chunk.to_vec())?;\n        }\n        self.file.sync()?;\n        self.made_durable();",
+        "            self.write_transaction(chunk.to_vec())?;\n        }\n        self.made_durable();"),
+    bug("settle-forgets-marks", "I4", "blkfilter/src/activity/keeper.rs",
+        "            if mask != 0 && !self.is_active(extent) {",
+        "            if mask != 0 && false && !self.is_active(extent) {"),
+    bug("log-claims-cover-while-passing", "I4", "blkfilter/src/activity/keeper.rs",
+        "let upheld = stable && !self.log.passes() && self.log.answered() >= self.owed;",
+        "let upheld = stable || !self.log.passes() && self.log.answered() >= self.owed;"),
+    bug("no-stall-limit", "I1", "blkfilter/src/activity/mod.rs",
+        "        self.passing.store(true, Ordering::SeqCst);\n        self.volumes().values().for_each(|volume| volume.wake_queues());",
+        "        self.volumes().values().for_each(|volume| volume.wake_queues());"),
+    bug("write-does-not-wait-for-its-extent", "I4", "blkfilter/src/activity/mod.rs",
+        "        active || self.passes()\n", "        active || true\n"),
+    bug("skip-the-range-lock", "I3", "blkfilter/src/queue.rs",
+        "let granted = self.capture.as_ref().is_none_or(|capture| capture.owner.lock(op, range));",
+        "let granted = self.capture.as_ref().is_none_or(|capture| capture.owner.lock(op, range)) || op % 2 == 1;"),
+    bug("no-mark-without-ticket", "I4", "blkfilter/src/queue.rs",
+        "        self.group.mark_missing(&self.volume, desc.offset, desc.length);\n        // After the mark: until",
+        "        // After the mark: until"),
+    bug("failed-write-is-not-marked", "I4", "blkfilter/src/queue.rs",
+        "        self.group.write_failed(&self.volume, desc.offset, desc.length, errno);", "        let _ = errno;"),
+    bug("failed-write-is-captured", "I4", "blkfilter/src/queue.rs",
+        "                Err(errno) => {\n                    capture.failed(reservation, &desc, errno);\n                    None\n                }",
+        "                Err(_) => capture.after(reservation, &desc),"),
+    bug("guest-does-not-hear-of-a-failed-flush", "I1", "blkfilter/src/queue.rs",
+        "            result = activity.volume.answer_flush(result);", "            let _ = activity.volume.answer_flush(result);\n            result = Ok(());"),
+    bug("guests-flush-is-dropped", "I1", "blkfilter/src/queue.rs",
+        "            Request::Flush if self.read_only => self.end(tag, Ok(()), None),",
+        "            Request::Flush if tag % 2 == 0 || self.read_only => self.end(tag, Ok(()), None),"),
+    bug("no-event-for-a-mark", "I5", "blkfilter/src/group.rs",
+        "        if !volume.joined.load(Ordering::SeqCst) || self.ring.is_closed() {\n            return;",
+        "        if volume.joined.load(Ordering::SeqCst) || self.ring.is_closed() {\n            return;"),
+    bug("event-ends-over-marks", "I5", "blkfilter/src/group.rs",
+        "        if !self.volumes().iter().all(whole) {\n            return None;", "        if self.volumes().is_empty() && !self.volumes().iter().all(whole) {\n            return None;"),
+    bug("restart-loses-what-was-in-flight", "I4", "blkfilter/src/group.rs",
+        "        // What was under way with the last process is not known to have arrived.\n        volume.in_flight.move_all_to(&volume.missing);",
+        "        volume.in_flight.clear_range(0, geometry.size);"),
+    bug("restart-loses-what-was-being-written", "I4", "blkfilter/src/group.rs",
+        "        if let Some(missing) = ring.bitmap(range.volume, Which::Missing) {",
+        "        if let Some(missing) = ring.bitmap(range.volume, Which::Missing).filter(|_| false) {"),
+    bug("claim-succeeds-after-closed", "I3", "ring/src/shared.rs",
+        "            if now & CLOSED != 0 {\n                return None;\n            }\n            // AcqRel: the chain of claims (see 3 above).",
+        "            if now & CLOSED != 0 && self.head().compare_exchange(now, now + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok() {\n                return Some(now & !CLOSED);\n            }\n            // AcqRel: the chain of claims (see 3 above)."),
+    bug("missing-bit-cleared-early", "I4", "blkfilter/src/sync/claim.rs",
+        "                // The slot stays missing; what of it got through is true and does no harm.",
+        "                of.missing.clear_range(bytes.start, len);"),
+    bug("sync-data-read-before-the-lock", "I3", "blkfilter/src/sync/slot.rs",
+        "        let untouched = !self.volumes[&task.volume].volume.touched.test(task.slot);",
+        "        let untouched = true;"),
+    bug("old-answers-count", "I10", "blkfilter/src/sync/mod.rs",
+        "        let later = self.questions.split_off(&from.0);", "        let later = std::mem::take(&mut self.questions);\n        let _ = from;"),
+    bug("ack-before-fsync", "I4", "target/src/ingest.rs",
+        "        self.journal.sync()?;", "        if self.state.received.0 == 0 {\n            self.journal.sync()?;\n        }"),
+    bug("base-before-horizon", "I8", "target/src/retention.rs",
+        "        keeper.set_horizon(next)?;\n        keeper.drop_points_before(next.batch);\n        Ok(Step::Horizon(next))",
+        "        let _ = self.move_on(next)?;\n        Ok(Step::Horizon(next))"),
+    bug("base-is-not-flushed", "I8", "target/src/retention.rs",
+        "            keeper.base(volume)?.flush()?;", "            let _ = keeper.base(volume)?;"),
+    bug("base-moves-past-its-horizon", "I8", "target/src/retention.rs",
+        "            let upto = UpTo::end_of(horizon.batch);", "            let upto = UpTo::end_of(BatchNo(horizon.batch.0 + 2));"),
+    bug("points-within-an-event", "I5", "target/src/points.rs",
+        "            recoverable: header.cut().recoverable && !self.event_open && !self.joined.is_empty(),",
+        "            recoverable: header.cut().recoverable && !self.joined.is_empty(),"),
+    bug("points-are-not-dated-in-order", "I7", "target/src/points.rs",
+        "        self.time = self.time.max(place.time);", "        self.time = place.time;"),
+    bug("bookmarks-are-dropped", "I5", "target/src/points.rs",
+        "            bookmark,\n            volumes: self.joined.as_slice().into(),", "            bookmark: bookmark.filter(|_| place.number.0 % 4 != 0),\n            volumes: self.joined.as_slice().into(),"),
+    bug("forks-are-taken-for-repeats", "I6", "proto/src/session/chain.rs",
+        "    } else if same {\n        Resume::Continue", "    } else if same || tail.number >= own.number {\n        Resume::Continue"),
+    bug("older-incarnation-needs-no-proof", "I10", "streamer/src/machine/resume.rs",
+        "                if proved || self.state.compared || self.is_in_log(welcome.log) =>",
+        "                if proved || self.state.compared || number.0 > 0 || self.is_in_log(welcome.log) =>"),
+    bug("event-open-is-forgotten", "I5", "streamer/src/machine/backlog.rs",
+        "                Base { position, number: last.number, chain: last.chain, flags: last.after }",
+        "                Base { position, number: last.number, chain: last.chain, flags: last.before }"),
+    bug("ring-is-freed-before-the-log-is-durable", "I4", "streamer/src/disk_log/worker.rs",
+        "        match self.log.sync() {\n            Ok(()) =>", "        match Ok::<(), std::io::Error>(()) {\n            Ok(()) =>"),
+    bug("log-gap-is-bridged", "I4", "streamer/src/machine/backlog.rs",
+        "        (true, _) if reached >= freed => Ok(left),", "        (true, _) => Ok(left),\n        (false, true) if reached >= freed => Ok(left),"),
+    bug("unsynced-log-is-believed", "I4", "streamer/src/disk_log/mod.rs",
+        "        let unsure = batches.iter().position(|batch| batch.number > synced).unwrap_or(batches.len());",
+        "        let unsure = batches.len();"),
+    bug("batch-number-is-used-again", "I6", "streamer/src/machine/deliver.rs",
+        "            self.state.number = slot.number;\n            self.state.chain = slot.chain", "            self.state.number = BatchNo(slot.number.0 - u64::from(slot.number.0 % 16 == 0));\n            self.state.chain = slot.chain"),
+    bug("freed-before-acknowledged", "I4", "streamer/src/machine/deliver.rs",
+        "            None if number <= self.sent_to => {\n                // Sent, and", "            None if number.0 == u64::MAX => {\n                // Sent, and"),
+];
+
+/// The copy's packages that the simulation needs, and nothing else of the tests.
+const TESTS_MANIFEST: &str = "\n[[test]]\nname = \"sim\"\npath = \"sim/main.rs\"\n";
+const NEEDED: &[&str] = &["farshore-ring", "farshore-target"];
+
+/// How many bugs were found, and how many survived.
+pub(crate) fn run(root: &Path, target: &Path) -> Result<(u64, u64)> {
+    let copy = target.join("planted/src");
+    let only = std::env::var("FARSHORE_PLANTED").unwrap_or_default();
+    copy_workspace(root, &copy)?;
+    // An unfit list is found before anything is built.
+    for bug in BUGS {
+        apply(root, bug).with_context(|| format!("planted bug {}", bug.name))?;
+    }
+    let (program, _) = build(&copy)?.context("the simulation does not build without a bug")?;
+    anyhow::ensure!(seeds_until_failure(&program, 5)?.is_none(), "the simulation fails without a bug");
+    let mut results: Vec<(&Bug, Option<u64>)> = Vec::new();
+    for bug in BUGS.iter().filter(|bug| bug.name.contains(&only)) {
+        let begin = Instant::now();
+        let path = copy.join(bug.file);
+        let good = fs::read_to_string(&path)?;
+        fs::write(&path, apply(&copy, bug)?)?;
+        let built = build(&copy)?;
+        let Some((program, _)) = built else {
+            fs::write(&path, good)?;
+            bail!("planted bug {} does not build", bug.name);
+        };
+        let built_in = begin.elapsed();
+        let found = seeds_until_failure(&program, seeds())?;
+        fs::write(&path, good)?;
+        let verdict = found.map_or("SURVIVED".to_owned(), |seeds| format!("found, {seeds} seeds"));
+        println!(
+            "planted {:<44} {:<4} {verdict} (build {} s, all {} s)",
+            bug.name,
+            bug.invariant,
+            built_in.as_secs(),
+            begin.elapsed().as_secs()
+        );
+        results.push((bug, found));
+    }
+    let mut needed: Vec<u64> = results.iter().filter_map(|(_, found)| *found).collect();
+    needed.sort_unstable();
+    let median = needed.get(needed.len() / 2).copied().unwrap_or(0);
+    let survived: Vec<_> = results.iter().filter(|(_, found)| found.is_none()).map(|(bug, _)| bug.name).collect();
+    println!("planted: {} found, median {median} seeds; survived: {survived:?}", needed.len());
+    Ok((needed.len() as u64, survived.len() as u64))
+}
+
+fn seeds() -> u64 {
+    std::env::var("FARSHORE_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(SEEDS)
+}
+
+/// The file with the bug in it.
+fn apply(root: &Path, bug: &Bug) -> Result<String> {
+    let text = fs::read_to_string(root.join(bug.file)).with_context(|| format!("read {}", bug.file))?;
+    let count = text.matches(bug.old).count();
+    anyhow::ensure!(count == 1, "its text stands {count} times in {}, not once: put it right", bug.file);
+    Ok(text.replace(bug.old, bug.new))
+}
+
+/// What git knows of, with newer files only where they differ, so that little is built again.
+fn copy_workspace(root: &Path, copy: &Path) -> Result<()> {
+    let mut list = Command::new("git");
+    list.args(["ls-files", "--cached", "--others", "--exclude-standard"]).current_dir(root);
+    for file in process::output(&mut list)?.lines() {
+        let (from, to) = (root.join(file), copy.join(file));
+        if !from.is_file() {
+            continue;
+        }
+        let mut bytes = fs::read(&from)?;
+        if file == "tests/Cargo.toml" {
+            bytes = slim(&String::from_utf8(bytes)?).into_bytes();
+        }
+        if fs::read(&to).is_ok_and(|before| before == bytes) {
+            continue;
+        }
+        fs::create_dir_all(to.parent().context("a file is in a folder")?)?;
+        fs::write(&to, bytes)?;
+    }
+    Ok(())
+}
+
+/// The tests' manifest with the simulation alone.
+fn slim(manifest: &str) -> String {
+    let head = manifest.split("[dev-dependencies]").next().unwrap_or(manifest);
+    let needed: String = NEEDED.iter().map(|name| format!("{name}.workspace = true\n")).collect();
+    format!("{head}[dev-dependencies]\n{needed}{TESTS_MANIFEST}")
+}
+
+/// The simulation's program and the time of its build; none: it does not build.
+fn build(copy: &Path) -> Result<Option<(PathBuf, Duration)>> {
+    let begin = Instant::now();
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(["test", "--quiet", "--package", "farshore-tests", "--test", "sim", "--no-run"]);
+    command.args(["--message-format", "json-render-diagnostics"]).current_dir(copy);
+    command.env("CARGO_TARGET_DIR", copy.with_file_name("build"));
+    let Ok(json) = process::output(&mut command) else {
+        println!("{} failed", show(&command));
+        return Ok(None);
+    };
+    let messages = json.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let mut programs = messages
+        .filter(|message| message["reason"] == "compiler-artifact" && message["target"]["name"] == "sim")
+        .filter_map(|message| message["executable"].as_str().map(PathBuf::from));
+    Ok(programs.next().map(|program| (program, begin.elapsed())))
+}
+
+/// How many seeds it takes; none: that many find nothing.
+fn seeds_until_failure(program: &Path, seeds: u64) -> Result<Option<u64>> {
+    let limit = RUN_MAX.as_secs().to_string();
+    let mut command = Command::new("timeout");
+    command.arg(limit).arg(program).args(["sites_agree", "--nocapture"]);
+    command.env("FARSHORE_SEEDS", seeds.to_string()).env_remove("FARSHORE_SEED").env("RUST_BACKTRACE", "0");
+    let output = command.output().context("run the simulation")?;
+    if output.status.success() {
+        return Ok(None);
+    }
+    let text = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+    let seed = text.lines().find_map(|line| {
+        let rest = line.split_once("FARSHORE_SEED=")?.1;
+        rest.split_whitespace().next()?.parse::<u64>().ok()
+    });
+    let reason = text.lines().skip_while(|line| !line.contains("panicked")).nth(1).unwrap_or("it stands still");
+    println!("    {}", reason.chars().take(160).collect::<String>());
+    // It stands still in some seed.
+    Ok(Some(seed.map_or(seeds, |seed| seed + 1)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An entry that fits nothing any more would find nothing.
+    #[test]
+    fn every_planted_bug_fits() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("in the workspace");
+        for bug in BUGS {
+            apply(root, bug).unwrap_or_else(|error| panic!("{}: {error}", bug.name));
+        }
+        assert!(BUGS.len() >= 25);
+    }
+}
