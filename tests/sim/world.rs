@@ -943,7 +943,10 @@ impl World {
             }
             agent.turn_sync(&mut self.host, now);
             agent.turn_log(&mut self.host, step);
-            let (found, over) = (std::mem::take(&mut agent.differs), begun && !agent.is_verifying());
+            let (mut found, over) = (std::mem::take(&mut agent.differs), begun && !agent.is_verifying());
+            let known = &self.host.volumes[at].history;
+            // What could not be read differs, too.
+            found.retain(|(_, range)| range.contains(&offset) || known.is_known(range.start, range.end - range.start));
             if let Some((volume, range)) = found.first() {
                 assert!(*volume == index && range.contains(&offset), "{range:?} of volume {volume} differs: {offset}");
                 return;
