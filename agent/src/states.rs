@@ -53,7 +53,7 @@ const COVER: MachineDoc = MachineDoc {
         StateDoc {
             state: "does not cover",
             limit: Limit::None(
-                "until the log has caught up and 10 s have gone by; after a failed flush the agent's life; alarm `activity-log.uncovered`",
+                "until the log has caught up and 10 s have gone by; after a failed flush the host's next boot; alarm `activity-log.uncovered`",
             ),
             exit: "recorded in the state directory, tried every second",
         },
