@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::fio::{Fio, FioResult, FioTarget, sparse};
+use super::fio::{Fio, FioResult, sparse};
 use super::replicate::{GROUP, WAIT_SECONDS, status};
 use super::{Bench, Row};
 use crate::sites::{Sites, SitesConfig};
@@ -41,19 +41,7 @@ impl Contestant {
     }
 
     fn load(&self, size: u64, seconds: u64, rate: Option<u64>) -> Result<FioResult> {
-        Fio {
-            target: FioTarget::Nbd(&self.socket),
-            rw: "randwrite",
-            block: 4096,
-            depth: 8,
-            size,
-            amount: None,
-            seconds: Some(seconds),
-            compressible: 50,
-            rate,
-            jobs: 1,
-        }
-        .run()
+        Fio::scattered(&self.socket, size, seconds, rate).run()
     }
 
     fn log(&self, what: &str) -> Result<u64> {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::fio::{Fio, FioTarget, sparse};
+use super::fio::{Fio, sparse};
 use super::replicate::{GROUP, WAIT_SECONDS, status};
 use super::sync::{drop_caches, fill, median};
 use super::{Bench, Row};
@@ -106,19 +106,7 @@ impl Rig {
             let recorded = alarms.all(|alarm| alarm["code"] != "activity-log.uncovered");
             Ok((log["covers"] == true && log["marked_extents"] == 0 && recorded).then_some(()))
         })?;
-        let load = Fio {
-            target: FioTarget::Nbd(&self.socket),
-            rw: "randwrite",
-            block: 4096,
-            depth: 8,
-            size,
-            amount: None,
-            seconds: Some(seconds),
-            compressible: 50,
-            rate: Some(RATE),
-            jobs: 1,
-        };
-        load.run()?;
+        Fio::scattered(&self.socket, size, seconds, Some(RATE)).run()?;
         let active = status(&self.sites)?["activity_log"]["active_extents"].as_u64().context("a number")?;
         self.boots += 1;
         self.host.goes_down(&mut self.sites, self.boots)?;

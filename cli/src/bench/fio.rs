@@ -49,6 +49,24 @@ pub(super) struct FioResult {
     pub elapsed: Duration,
 }
 
+impl<'a> Fio<'a> {
+    /// A guest that writes 4 KiB all over a volume for so many seconds, `rate` bytes in each at the most: cold extents all the time.
+    pub(super) fn scattered(socket: &'a Path, size: u64, seconds: u64, rate: Option<u64>) -> Self {
+        Self {
+            target: FioTarget::Nbd(socket),
+            rw: "randwrite",
+            block: 4096,
+            depth: 8,
+            size,
+            amount: None,
+            seconds: Some(seconds),
+            compressible: 50,
+            rate,
+            jobs: 1,
+        }
+    }
+}
+
 impl Fio<'_> {
     fn arguments(&self) -> Vec<String> {
         let mut list: Vec<String> = [
