@@ -12,7 +12,12 @@
 //! After a crash the intent is the last chunk's: each of its slots whose hash is not the new one yet gets it if its bytes have
 //! it, keeps the old one if they have that, and is marked unknown otherwise (torn): it holds a mixture of the two by sectors. Readers need not
 //! care: whoever moves the base has the newer versions above it still visible, and whoever syncs sends again.
-//! A sync that fails stops all writing until the base is opened again.
+//! A chunk whose write was cut short by an error is settled in the same way, durably, before another intent takes the place of its own: it alone
+//! says which slots are torn. A sync that fails stops all writing until the base is opened again.
+//!
+//! # Damage
+//! A slot whose bytes are not those of its hash cannot be changed in part. It is noted as broken instead, which its hash says from then on, and reads
+//! as damaged (I10), also if its bytes could be read again, until all of it is written: a compare finds it to differ and sends it.
 //!
 //! # On a device
 //! The volume's bytes begin at the device's first. It was made zero before its first use ([`crate::bases`]), so that a hole is
@@ -33,13 +38,15 @@ use farshore_proto::batch::VolumeDecl;
 use farshore_proto::{Name, SLOT_BYTES, VolumeIndex};
 use farshore_uring::{Device, OpenMode, Storage, StorageFile, replace_file};
 use format::{
-    HASH_BYTES, HASHES_AT, HEADER_BYTES, HOLE, IntentEntry, UNKNOWN, check_header, decode_intent, encode_intent,
-    hash_slot, hashes_header, intent_bytes,
+    BROKEN, HASH_BYTES, HASHES_AT, HEADER_BYTES, HOLE, INTENT_HEADER_BYTES, IntentEntry, UNKNOWN, check_header,
+    decode_intent, encode_intent, hash_slot, hashes_header, intent_bytes,
 };
 
 /// Slots collected in memory before they are written: 16 MiB, so that three syncs are paid by as much data.
 pub const CHUNK_SLOTS: usize = 256;
 
+/// Most broken slots that are remembered by name.
+const BROKEN_MAX: usize = 64;
 #[expect(clippy::cast_possible_truncation, reason = "64 KiB")]
 const SLOT: usize = SLOT_BYTES as usize;
 
@@ -60,8 +67,8 @@ pub struct Base<S: Storage> {
     hashes_path: PathBuf,
     intent: Arc<S::File>,
     intent_path: PathBuf,
-    /// Changed slots that are not, or not wholly, in the files. Only the holder of `writer` changes it.
-    pending: RwLock<BTreeMap<u64, Arc<[u8]>>>,
+    /// Changed slots that are not, or not wholly, in the files; `None`: it is broken. Only the holder of `writer` changes it.
+    pending: RwLock<BTreeMap<u64, Option<Arc<[u8]>>>>,
     writer: Mutex<Writer>,
 }
 
@@ -69,6 +76,18 @@ pub struct Base<S: Storage> {
 struct Writer {
     /// A sync failed: what is durable is unknown.
     poisoned: Option<String>,
+    /// What the durable intent names was begun, and did not get to its end.
+    unfinished: bool,
+    /// Slots that became broken in this life, and how; the first ones only.
+    broken: BTreeMap<u64, String>,
+}
+
+impl Writer {
+    fn note_broken(&mut self, slot: u64, how: &str) {
+        if self.broken.len() < BROKEN_MAX {
+            self.broken.entry(slot).or_insert_with(|| how.to_owned());
+        }
+    }
 }
 
 /// One piece of damage in a base.
@@ -110,7 +129,7 @@ impl<S: Storage> Base<S> {
         }
         let size = grow(&*data, decl.size).at("extend", &data_path)?;
         let base = Self::assemble(&storage, &folder, decl, (data, data_path, false), size)?;
-        base.recover()?;
+        base.recover(&mut base.lock())?;
         Ok(base)
     }
 
@@ -130,7 +149,7 @@ impl<S: Storage> Base<S> {
         let base = Self::assemble_on_device(&storage, &folder, decl, device, path)?;
         // Before anything is written: recovery makes holes where the last intent says.
         base.check_is_ours(device_size)?;
-        base.recover()?;
+        base.recover(&mut base.lock())?;
         Ok(base)
     }
 
@@ -224,12 +243,22 @@ impl<S: Storage> Base<S> {
         &self.data_path
     }
 
-    /// Settles what the chunk under way at a crash left.
-    fn recover(&self) -> Result<()> {
+    /// Settles what the last chunk left that did not get to its end.
+    fn recover(&self, writer: &mut Writer) -> Result<()> {
+        if self.settle_slots()? {
+            self.sync_both(writer)?;
+            self.finish(writer);
+        }
+        writer.unfinished = false;
+        Ok(())
+    }
+
+    /// Gives the slots of the last intent hashes that are true. `true`: bytes and hashes must be made durable, also those that the chunk had written
+    /// by itself: its process may have died before its syncs.
+    fn settle_slots(&self) -> Result<bool> {
         let Some(entries) = self.read_intent()? else {
-            return Ok(());
+            return Ok(false);
         };
-        let mut changed = false;
         let mut bytes = vec![0; SLOT];
         for entry in entries {
             let (first, count) = (entry.first.get(), entry.count.get());
@@ -238,32 +267,43 @@ impl<S: Storage> Base<S> {
                 // whether it is, when the hashes are gone already.
                 if self.on_device || self.stores_something(first, first + count)? {
                     self.punch(first, count)?;
-                    changed = true;
                 }
                 continue;
             }
             let stored = self.read_hash(first)?;
-            if stored == entry.hash {
-                // Hashes follow their bytes' sync: the chunk was complete here. Other bytes are damage, for readers to find.
-                continue;
-            }
             let bytes = &mut bytes[..self.slot_len(first)];
-            self.data.read_at(bytes, first * SLOT_BYTES).at("read", &self.data_path)?;
-            let found = hash_slot(self.volume, first, bytes);
-            if found == stored {
-                continue;
-            }
-            let new = if found == entry.hash { found } else { UNKNOWN };
-            if stored != new {
-                self.write_hash(first, &new)?;
-                changed = true;
-            }
+            let read = self.data.read_at(bytes, first * SLOT_BYTES).at("read", &self.data_path);
+            let new = match read.map(|()| hash_slot(self.volume, first, bytes)) {
+                _ if entry.hash == BROKEN => BROKEN,
+                Ok(found) if found == entry.hash => {
+                    // A sync may have failed in the life before: then these are in memory, and no sync takes them from there to the disk again.
+                    self.data.write_at(bytes, first * SLOT_BYTES).at("write", &self.data_path)?;
+                    found
+                }
+                // Hashes follow their bytes' sync: the chunk was complete here, and other bytes are damage, for readers to find.
+                _ if stored == entry.hash => stored,
+                Ok(found) if found == stored => continue,
+                // What was being written when the power went may be unreadable from then on, until it is written again.
+                Err(error) if error.passes() => return Err(error),
+                Ok(_) | Err(_) => UNKNOWN,
+            };
+            self.write_hash(first, &new)?;
         }
-        if changed {
-            self.data.sync().at("sync", &self.data_path)?;
-            self.hashes.sync().at("sync", &self.hashes_path)?;
+        Ok(true)
+    }
+
+    /// The chunk of the durable intent is complete: that it need not be settled is written down, and made durable by nobody, for to settle it is only in
+    /// vain.
+    fn finish(&self, writer: &mut Writer) {
+        writer.unfinished = false;
+        if let Err(error) = self.intent.write_at(&[0; INTENT_HEADER_BYTES], 0) {
+            tracing::warn!(path = %self.intent_path.display(), %error, "cannot void the intent of a complete chunk");
         }
-        Ok(())
+    }
+
+    fn sync_both(&self, writer: &mut Writer) -> Result<()> {
+        self.data.sync().at("sync", &self.data_path).inspect_err(|error| poison(writer, error))?;
+        self.hashes.sync().at("sync", &self.hashes_path).inspect_err(|error| poison(writer, error))
     }
 
     /// `None`: never written, or torn before the chunk began.
@@ -288,12 +328,17 @@ impl<S: Storage> Base<S> {
 
     /// Step 1 of a chunk.
     fn begin(&self, writer: &mut Writer, entries: &[IntentEntry]) -> Result<()> {
+        if writer.unfinished {
+            self.recover(writer)?;
+        }
+        // An intent for which there was no room is torn and so void, and the chunk before is complete: try again.
         self.write_intent(entries).inspect_err(|error| {
-            // An intent for which there was no room is torn and so void, and the chunk before is complete: try again.
             if !error.passes() {
                 poison(writer, error);
             }
-        })
+        })?;
+        writer.unfinished = true;
+        Ok(())
     }
 
     fn write_intent(&self, entries: &[IntentEntry]) -> Result<()> {
@@ -338,7 +383,7 @@ impl<S: Storage> Base<S> {
         }
     }
 
-    fn pending_slot(&self, slot: u64) -> Option<Arc<[u8]>> {
+    fn pending_slot(&self, slot: u64) -> Option<Option<Arc<[u8]>>> {
         self.pending.read().unwrap_or_else(PoisonError::into_inner).get(&slot).cloned()
     }
 
@@ -425,11 +470,15 @@ impl<S: Storage> Base<S> {
 
     /// One attempt; a write at the same time looks like damage.
     fn try_slot(&self, slot: u64, out: &mut [u8]) -> Result<()> {
-        if let Some(bytes) = self.pending_slot(slot) {
-            out.copy_from_slice(&bytes);
-            return Ok(());
-        }
         let start = slot * SLOT_BYTES;
+        match self.pending_slot(slot) {
+            Some(Some(bytes)) => {
+                out.copy_from_slice(&bytes);
+                return Ok(());
+            }
+            Some(None) => return Err(self.damaged_slot(start, out.len(), "it was damaged and changed in part")),
+            None => {}
+        }
         let hash = self.read_hash(slot)?;
         if hash == HOLE {
             let next = self.data.next_data(start).at("seek in", &self.data_path)?;
@@ -442,10 +491,18 @@ impl<S: Storage> Base<S> {
         if hash == UNKNOWN || hash_slot(self.volume, slot, out) == hash {
             return Ok(());
         }
-        let end = start + out.len() as u64;
-        let what = if hash == HOLE { "there are bytes where a hole should be" } else { "its hash is another" };
+        let what = match hash {
+            HOLE => "there are bytes where a hole should be",
+            BROKEN => "it was damaged and changed in part",
+            _ => "its hash is another",
+        };
+        Err(self.damaged_slot(start, out.len(), what))
+    }
+
+    fn damaged_slot(&self, start: u64, len: usize, what: &str) -> Error {
+        let end = start + len as u64;
         let text = format!("volume {} bytes {start}..{end}: {}: {what}", self.name, self.data_path.display());
-        Err(Error::new(Kind::Damaged, text))
+        Error::new(Kind::Damaged, text)
     }
 
     /// Writes bytes of a volume that no point includes yet: initial sync.
@@ -454,8 +511,8 @@ impl<S: Storage> Base<S> {
     /// After [`Self::flush`].
     ///
     /// # Errors
-    /// [`Kind::NoSpace`] (try again later), [`Kind::Damaged`] when a slot that is changed in part was damaged, otherwise from
-    /// the disk.
+    /// [`Kind::NoSpace`] (try again later), otherwise from the disk. A slot that is changed in part and was damaged is no error: see
+    /// [`Self::broken`].
     pub fn write_unjoined(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         self.write(offset, bytes)
     }
@@ -477,20 +534,28 @@ impl<S: Storage> Base<S> {
         let mut writer = self.lock_to_write()?;
         for (slot, within, piece) in pieces(offset, bytes.len()) {
             let bytes = &bytes[piece];
-            let new: Arc<[u8]> = if bytes.len() == self.slot_len(slot) {
-                bytes.into()
+            let new: Option<Arc<[u8]>> = if bytes.len() == self.slot_len(slot) {
+                Some(bytes.into())
             } else {
                 let mut whole = vec![0; self.slot_len(slot)];
-                self.try_slot(slot, &mut whole)?;
-                whole[within..within + bytes.len()].copy_from_slice(bytes);
-                whole.into()
+                match self.try_slot(slot, &mut whole) {
+                    Ok(()) => {
+                        whole[within..within + bytes.len()].copy_from_slice(bytes);
+                        Some(whole.into())
+                    }
+                    Err(error) if error.kind() == Kind::Damaged => {
+                        writer.note_broken(slot, error.context());
+                        None
+                    }
+                    Err(error) => return Err(error),
+                }
             };
             self.put(&mut writer, slot, new)?;
         }
         Ok(())
     }
 
-    fn put(&self, writer: &mut Writer, slot: u64, bytes: Arc<[u8]>) -> Result<()> {
+    fn put(&self, writer: &mut Writer, slot: u64, bytes: Option<Arc<[u8]>>) -> Result<()> {
         let (full, known) = {
             let pending = self.pending.read().unwrap_or_else(PoisonError::into_inner);
             (pending.len() >= CHUNK_SLOTS, pending.contains_key(&slot))
@@ -527,9 +592,11 @@ impl<S: Storage> Base<S> {
         self.commit(&mut writer)?;
         let entry = IntentEntry { first: first.into(), count: (last - first).into(), hash: HOLE };
         self.begin(&mut writer, &[entry])?;
-        self.punch(first, last - first).inspect_err(|error| poison(&mut writer, error))?;
-        self.data.sync().at("sync", &self.data_path).inspect_err(|error| poison(&mut writer, error))?;
-        self.hashes.sync().at("sync", &self.hashes_path).inspect_err(|error| poison(&mut writer, error))
+        self.punch(first, last - first)?;
+        self.sync_both(&mut writer)?;
+        self.finish(&mut writer);
+        writer.broken.retain(|slot, _| !(first..last).contains(slot));
+        Ok(())
     }
 
     fn stores_something(&self, first: u64, last: u64) -> Result<bool> {
@@ -558,23 +625,33 @@ impl<S: Storage> Base<S> {
         self.commit(&mut writer)
     }
 
+    /// Slots that became broken since it was opened and were not written whole since: how the first one was damaged; more than
+    /// [`BROKEN_MAX`] are not told from that many.
+    pub(crate) fn broken(&self) -> Option<String> {
+        let writer = self.lock();
+        let (_, first) = writer.broken.first_key_value()?;
+        let more = writer.broken.len() - 1;
+        Some(if more == 0 { first.clone() } else { format!("{first}; and {more} more slots") })
+    }
+
     /// Writes the pending slots as one chunk.
     fn commit(&self, writer: &mut Writer) -> Result<()> {
-        let slots: Vec<(u64, Arc<[u8]>)> = {
+        let slots: Vec<(u64, Option<Arc<[u8]>>)> = {
             let pending = self.pending.read().unwrap_or_else(PoisonError::into_inner);
-            pending.iter().map(|(&slot, bytes)| (slot, Arc::clone(bytes))).collect()
+            pending.iter().map(|(&slot, bytes)| (slot, bytes.clone())).collect()
         };
         if slots.is_empty() {
             return Ok(());
         }
-        let entry = |(slot, bytes): &(u64, Arc<[u8]>)| IntentEntry {
+        let entry = |(slot, bytes): &(u64, Option<Arc<[u8]>>)| IntentEntry {
             first: (*slot).into(),
             count: 1.into(),
-            hash: hash_slot(self.volume, *slot, bytes),
+            hash: bytes.as_ref().map_or(BROKEN, |bytes| hash_slot(self.volume, *slot, bytes)),
         };
         let entries: Vec<IntentEntry> = slots.iter().map(entry).collect();
         self.begin(writer, &entries)?;
         for ((slot, bytes), entry) in slots.iter().zip(&entries) {
+            let Some(bytes) = bytes else { continue };
             let (start, len) = (slot * SLOT_BYTES, bytes.len() as u64);
             if entry.hash == HOLE {
                 self.data.punch_hole(start, len).at("punch a hole into", &self.data_path)?;
@@ -593,6 +670,8 @@ impl<S: Storage> Base<S> {
             at += run;
         }
         self.hashes.sync().at("sync", &self.hashes_path).inspect_err(|error| poison(writer, error))?;
+        self.finish(writer);
+        slots.iter().filter(|(_, bytes)| bytes.is_some()).for_each(|(slot, _)| _ = writer.broken.remove(slot));
         self.pending.write().unwrap_or_else(PoisonError::into_inner).clear();
         Ok(())
     }

@@ -122,6 +122,8 @@ pub struct Ingest<S: Storage> {
     lost_seen: u64,
     /// A footer that is written and that the index has not taken over yet.
     unannounced: Option<SealedRun>,
+    /// Volumes whose base has [broken](crate::base::Base::broken) slots.
+    broken: BTreeSet<VolumeIndex>,
 }
 
 /// A batch that was checked and waits for its place.
@@ -148,7 +150,7 @@ impl<S: Storage> Ingest<S> {
         let chain = ChainCheck::new(record.generation, state.tail);
         let sizes = record.volumes.iter().map(|decl| (decl.index, decl.size)).collect();
         let (start_over, lost_seen) = (record.start_over, stream.damage().lost());
-        Self { stream, journal, chain, state, sizes, start_over, lost_seen, unannounced: None }
+        Self { stream, journal, chain, state, sizes, start_over, lost_seen, unannounced: None, broken: BTreeSet::new() }
     }
 
     /// The stream.
@@ -369,11 +371,30 @@ impl<S: Storage> Ingest<S> {
         staged
     }
 
-    fn flush(&self, written: &BTreeSet<VolumeIndex>) -> Result<()> {
+    fn flush(&mut self, written: &BTreeSet<VolumeIndex>) -> Result<()> {
         for volume in written {
-            self.stream.base(*volume)?.flush().inspect_err(|error| self.base_alarm(error))?;
+            let base = self.stream.base(*volume)?;
+            base.flush().inspect_err(|error| self.base_alarm(error))?;
+            self.note_broken(*volume, base.broken());
         }
         Ok(())
+    }
+
+    /// Slots of a volume that are damaged: said until they were sent again.
+    fn note_broken(&mut self, volume: VolumeIndex, broken: Option<String>) {
+        let subject = self.stream.id.subject();
+        match broken {
+            Some(what) => {
+                if self.broken.insert(volume) {
+                    tracing::error!(stream = subject, %volume, what, "the base is damaged where the source changes it");
+                }
+                self.stream.alarms.raise(AlarmCode::BaseFailed, &subject, &what);
+            }
+            None if self.broken.remove(&volume) && self.broken.is_empty() => {
+                self.stream.alarms.clear(AlarmCode::BaseFailed, &subject);
+            }
+            None => {}
+        }
     }
 
     fn base_alarm(&self, error: &Error) {

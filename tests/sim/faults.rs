@@ -43,7 +43,6 @@ faults! {
     SourceFlush "flushes that the source failed",
     SourceSlow "slow operations of the source",
     SourceRot "bits that rotted at the source",
-    BaseTorn "bases that a failing disk tore, and that were refused",
     SourceClock "steps of the source's clock",
     ActivityEio "errors of the activity log's disk",
     ActivityHung "times the activity log hung",
@@ -99,7 +98,7 @@ impl Coverage {
 
     /// Those that never happened; what is rare by nature may not.
     pub(crate) fn never(&self) -> Vec<&'static str> {
-        let rare = [Fault::BaseTorn, Fault::LogFull];
+        let rare = [Fault::LogFull];
         let never = |fault: Fault| !rare.contains(&fault) && self.count(fault) == 0;
         Fault::ALL.iter().filter(|(fault, _)| never(*fault)).map(|(_, text)| *text).collect()
     }

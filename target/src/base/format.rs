@@ -14,6 +14,13 @@ pub(super) const HASHES_AT: u64 = HEADER_BYTES as u64;
 pub(super) const HOLE: [u8; HASH_BYTES] = [0; HASH_BYTES];
 /// A crash tore the slot; its hash is not known.
 pub(super) const UNKNOWN: [u8; HASH_BYTES] = [0xff; HASH_BYTES];
+/// The slot was damaged when it was to be changed in part: its bytes are of no use until all of them are written.
+pub(super) const BROKEN: [u8; HASH_BYTES] = [0xfe; HASH_BYTES];
+
+/// What stands in a hash's place says nothing about the slot's bytes.
+pub(super) fn is_without(hash: &[u8; HASH_BYTES]) -> bool {
+    matches!(*hash, UNKNOWN | BROKEN)
+}
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -45,6 +52,8 @@ struct IntentHeader {
 const _: () = assert!(size_of::<IntentHeader>() == 64);
 const INTENT_MAGIC: [u8; 8] = *b"FSBASEI1";
 const INTENT_HASH_AT: usize = 32;
+/// Without these bytes it is void.
+pub(super) const INTENT_HEADER_BYTES: usize = size_of::<IntentHeader>();
 
 /// Slots that will have one hash: a single slot, or a range that becomes a hole.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]

@@ -7,7 +7,7 @@ use farshore_proto::batch::VolumeDecl;
 use farshore_proto::{SLOT_BYTES, VolumeIndex};
 use farshore_uring::{Device, Storage, StorageFile};
 
-use super::format::{HASH_BYTES, HOLE, IntentEntry, UNKNOWN, hash_slot};
+use super::format::{HASH_BYTES, HOLE, IntentEntry, hash_slot, is_without};
 use super::{Base, SLOT, part};
 use crate::bases::check_blank_beside;
 use crate::error::{Error, IoContext, Kind, Result};
@@ -88,7 +88,7 @@ impl<S: Storage> Base<S> {
             let bytes = &mut bytes[..base.slot_len(slot)];
             let at = slot * SLOT_BYTES;
             let stored = base.read_hash(slot)?;
-            if stored != UNKNOWN && !is_open(&intent, slot, &stored) {
+            if !is_without(&stored) && !is_open(&intent, slot, &stored) {
                 base.data.read_at(bytes, at).at("read", path)?;
                 if hash_slot(base.volume, slot, bytes) != stored {
                     let what = format!(
@@ -179,7 +179,7 @@ impl<S: Storage> Base<S> {
     fn next_settled(&self, intent: &[IntentEntry], mut slot: u64, end: u64) -> Result<Option<u64>> {
         while let Some(found) = self.next_hashed(slot, Some(end * SLOT_BYTES))? {
             let stored = self.read_hash(found)?;
-            if stored != UNKNOWN && !is_open(intent, found, &stored) {
+            if !is_without(&stored) && !is_open(intent, found, &stored) {
                 return Ok(Some(found));
             }
             slot = found + 1;
