@@ -171,6 +171,10 @@ impl<S: RingSource> Streamer<S> {
 
     /// Answers count only once their batch is durable: were the target set back to before it, it would have to answer again.
     pub(super) fn hold_answers(&mut self, answers: Answers) {
+        if self.greeted != self.state.incarnation {
+            // To questions of an older ring, from the disk log: its positions mean other questions in this one, and whoever asked is gone.
+            return;
+        }
         if self.answers.len() >= ANSWERS_MAX {
             self.give_up_link("the target sends answers without acknowledging their batches".into());
             return;
