@@ -15,7 +15,8 @@ use farshore_proto::session::SourceConfig;
 use farshore_proto::{BatchNo, ChainHash, Generation, GroupId, HostId, Incarnation, Name, Now, VolumeIndex};
 use farshore_ring::WritingRange;
 use farshore_streamer::{
-    CaptureRing, Granularity, LogStart, RingSource, StreamerConfig, StreamerHandle, StreamerStatus, VolumeSet,
+    CaptureRing, Granularity, LogStart, RingSource, StreamState, StreamerConfig, StreamerHandle, StreamerStatus,
+    VolumeSet,
 };
 use farshore_uring::{Backing, BackingId, DirStorage, FileDevice};
 
@@ -270,7 +271,7 @@ impl Group {
             CompressionPolicy::Level(level) => Some(level),
         };
         settings.log = activity.as_ref().map(|activity| activity.of_stream());
-        let first_cuts_wait = !resumed && attached.logged.is_empty();
+        let first_cuts_wait = !in_stream.sent && attached.logged.is_empty();
         settings.disk_log =
             taken.line.is_some().then_some(LogStart { batches: attached.logged, begun: state.log_line.is_some() });
         if policy.every_write {
@@ -700,6 +701,8 @@ struct Joined {
     all: BTreeSet<VolumeIndex>,
     /// At the last batch that is durable at the target.
     at_target: BTreeSet<VolumeIndex>,
+    /// Something of this life of the ring may be at the target: it was greeted for.
+    sent: bool,
 }
 
 /// A ring that was found says exactly who joined. With a new one after a clean stop the state does. After a lost ring nobody
@@ -719,11 +722,11 @@ fn joined_in_stream(attached: &Attached, state: &GroupState) -> Result<(Joined, 
             .collect();
         let at_target =
             all.iter().copied().filter(|index| before.is_none_or(|before| before.contains(*index))).collect();
-        return Ok((Joined { at_target, all }, Vec::new()));
+        return Ok((Joined { at_target, all, sent: false }, Vec::new()));
     }
     let mut ring = CaptureRing::new(Arc::clone(&attached.ring))
         .map_err(|error| Error::failed("ring", crate::error::chain(&error)))?;
-    let mut flags = ring.load_state().unwrap_or_default().flags;
+    let StreamState { mut flags, sent, .. } = ring.load_state().unwrap_or_default();
     let at_target = indices().filter(|index| flags.joined.contains(*index)).collect();
     // What is in the disk log goes before what is in the ring.
     flags = attached.logged.last().map_or(flags, |last| last.after);
@@ -736,7 +739,7 @@ fn joined_in_stream(attached: &Attached, state: &GroupState) -> Result<(Joined, 
     }
     ring.rewind();
     let all = indices().filter(|index| flags.joined.contains(*index)).collect();
-    Ok((Joined { all, at_target }, held))
+    Ok((Joined { all, at_target, sent }, held))
 }
 
 /// Marks what the ring still holds: it is given up, and must be compared.

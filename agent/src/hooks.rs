@@ -26,8 +26,9 @@ pub(crate) struct Hooks {
     joining: Vec<(VolumeIndex, u64)>,
     /// Volumes of which the target holds nothing, as its greeting says.
     empty: Vec<VolumeIndex>,
-    /// No cuts yet: the ring is new, and only the target's greeting tells whether it holds what this stream builds on, and what it
-    /// takes for joined.
+    /// No cuts yet: this life of the ring is new, and only the target's greeting tells whether it holds what this stream builds on, and what it
+    /// takes for joined: a volume that left, or that an older state of this host has not joined yet, must be said to have left before an event's end makes
+    /// a point.
     hold_cuts: bool,
     /// What lies behind this ring position was written in this process's life.
     head_before: u64,
@@ -38,7 +39,7 @@ pub(crate) struct Hooks {
 }
 
 impl Hooks {
-    pub(crate) fn new(shared: Arc<Shared>, known_joined: BTreeSet<VolumeIndex>, new_ring: bool) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, known_joined: BTreeSet<VolumeIndex>, hold_cuts: bool) -> Self {
         let cutter = Cutter::new(Arc::clone(&shared.capture));
         let head_before = shared.capture.ring().head();
         Self {
@@ -47,7 +48,7 @@ impl Hooks {
             known_joined,
             joining: Vec::new(),
             empty: Vec::new(),
-            hold_cuts: new_ring,
+            hold_cuts,
             head_before,
             heard: false,
             whole_for: 0,
@@ -174,6 +175,7 @@ impl Capture for Hooks {
             // The ring keeps its own number; the stream's is in the streamer's state in it.
             self.shared.capture.start_over(consumer, wall, |_| {});
             self.joining.clear();
+            self.hold_cuts = true;
             self.shared.points.handle_start_over();
         }
         recorded

@@ -396,10 +396,12 @@ impl Agent {
         assert!(begun || logged == 0);
         settings.disk_log = Some(LogStart { batches: attached.logged, begun });
         let capture_ring = CaptureRing::new(Arc::clone(&ring)).expect("the only consumer");
+        let sent = resumed && capture_ring.load_state().is_some_and(|state| state.sent);
         // A host that was put back may use a number again; the target takes it for what it is.
         let mut number = host.kept.incarnation;
-        if !resumed && log.borrow().knows(number) {
-            number |= 1 << 40;
+        while !resumed && log.borrow().knows(number) {
+            log.borrow_mut().used_again.insert(host.kept.incarnation);
+            number += 1 << 40;
         }
         let tap = Tap {
             ring: Rc::new(RefCell::new(capture_ring)),
@@ -442,7 +444,7 @@ impl Agent {
             works: Vec::new(),
             empty: Vec::new(),
             live: false,
-            hold_cuts: !resumed && logged == 0,
+            hold_cuts: !sent && logged == 0,
             known_joined,
             joining: Vec::new(),
             head_before: ring.head(),
@@ -737,6 +739,7 @@ impl Agent {
         host.kept.compare_everything = true;
         self.group.start_over(self.tap.ring.borrow_mut().consumer_mut(), wall, |_| {});
         self.joining.clear();
+        self.hold_cuts = true;
         self.tap.incarnation.set(incarnation.0);
         self.tap.log.borrow_mut().forget(incarnation.0);
         self.tap.log.borrow_mut().last_life = incarnation.0;

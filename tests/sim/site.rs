@@ -57,6 +57,8 @@ pub(crate) struct Site {
     coverage: Arc<Coverage>,
     /// Faults of the disk since the target was started: errors are no surprise.
     excused: Arc<AtomicBool>,
+    /// Its disk has failed to read since [`Self::take_failed_read`].
+    unread: Arc<AtomicBool>,
     /// The disk has failed in this run.
     hurt: bool,
     backup: Option<SimStorage>,
@@ -65,8 +67,9 @@ pub(crate) struct Site {
 impl Site {
     pub(crate) fn new(rng: SimRng, coverage: Arc<Coverage>) -> Self {
         let storage = SimStorage::new(rng);
+        let (excused, unread) = (Arc::default(), Arc::default());
         let mut site =
-            Self { storage, life: None, dies_at: None, coverage, excused: Arc::default(), hurt: false, backup: None };
+            Self { storage, life: None, dies_at: None, coverage, excused, unread, hurt: false, backup: None };
         site.boot();
         site
     }
@@ -100,7 +103,8 @@ impl Site {
 
     /// Its disk fails some calls from now on, until [`Self::spare`]: `full`, those that need room; else those that write and sync.
     pub(crate) fn fail(&mut self, full: bool, rate: u64, mut rng: SimRng) {
-        let (coverage, excused) = (Arc::clone(&self.coverage), Arc::clone(&self.excused));
+        let (coverage, excused, unread) =
+            (Arc::clone(&self.coverage), Arc::clone(&self.excused), Arc::clone(&self.unread));
         self.storage.set_fault(move |op, _| {
             let concerned = match full {
                 true => matches!(op, StorageOp::Write | StorageOp::Reserve | StorageOp::CreateDirAll),
@@ -110,9 +114,15 @@ impl Site {
                 return None;
             }
             excused.store(true, Ordering::Relaxed);
+            unread.fetch_or(op == StorageOp::Read, Ordering::Relaxed);
             coverage.hit(if full { Fault::TargetFull } else { Fault::TargetEio });
             Some(std::io::Error::from_raw_os_error(if full { 28 } else { 5 }))
         });
+    }
+
+    /// Whether its disk failed to read since this was asked last.
+    pub(crate) fn take_failed_read(&self) -> bool {
+        self.unread.swap(false, Ordering::Relaxed)
     }
 
     /// Its disk works again.

@@ -1,7 +1,7 @@
 //! The ring as the streamer's source, with a copy of all that was taken from it.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use farshore_proto::Position;
@@ -29,6 +29,8 @@ pub(crate) struct Log {
     pub(crate) starts: BTreeMap<u64, u64>,
     /// The incarnation that was written last.
     pub(crate) last_life: u64,
+    /// Numbers that a host that was put back has used again, of which the target may get either life's batches, by a disk log.
+    pub(crate) used_again: BTreeSet<u64>,
     /// Unreadable ranges that nobody has taken note of.
     pub(crate) unreadable: Vec<(usize, u64, u64)>,
 }
@@ -65,6 +67,7 @@ impl Log {
     /// The target takes the life that goes by the number `from` for incarnation `to`.
     pub(crate) fn is_taken_for(&mut self, from: u64, to: u64) {
         self.forget(to);
+        self.used_again.remove(&to);
         let entries = std::mem::take(&mut self.entries);
         let renamed =
             entries.into_iter().map(|((life, at), entry)| ((if life == from { to } else { life }, at), entry));

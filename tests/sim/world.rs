@@ -28,6 +28,8 @@ const POINTS_MAX: usize = 20;
 const CHECK_STEPS: u64 = 1000;
 /// Lives of the agent that the activity log remembers without the target's word.
 const LIVES_REMEMBERED: u64 = 3;
+/// By then an answer of the target has arrived, or its question is asked again.
+const ANSWERS_STEPS: u64 = 1000;
 /// Longest trouble of one kind, steps.
 const TROUBLE_STEPS: u64 = 400;
 
@@ -92,6 +94,8 @@ pub(crate) struct World {
     /// What the two wall clocks show beside the steps, in ms.
     clocks: [i64; 2],
     kinds: Vec<Kind>,
+    /// The target may have answered by then for what it could not read.
+    unread_until: u64,
     /// Trouble that lasts ends then.
     ends: u64,
     /// Starts of the agent since the target had something of one.
@@ -102,6 +106,8 @@ pub(crate) struct World {
     excused: bool,
     /// What was acknowledged to the source last, by a target that was not set back since.
     acked: Option<PointId>,
+    /// The target was set back, and has not been greeted since: what the source still takes for acknowledged may be gone.
+    set_back: bool,
     bookmarks: Vec<(PointId, Name)>,
     named: u64,
     traces: bool,
@@ -112,10 +118,15 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new(seed: u64) -> Self {
+        Self::make(seed, None)
+    }
+
+    fn make(seed: u64, places: Option<u32>) -> Self {
         let mut rng = SimRng::new(seed);
         let (epoch, key) = vault_key();
         let coverage = Coverage::new();
-        let host = Host::new(&mut rng, Arc::clone(&coverage));
+        let mut host = Host::new(&mut rng, Arc::clone(&coverage));
+        host.places = places.unwrap_or(host.places);
         let site = Site::new(rng.fork(), Arc::clone(&coverage));
         let kinds = KINDS.iter().map(|(kind, _)| *kind).filter(|_| rng.chance(1, 2)).collect();
         let mut world = Self {
@@ -132,12 +143,14 @@ impl World {
             link: LinkTrouble::default(),
             clocks: [0, 0],
             kinds,
+            unread_until: 0,
             ends: 0,
             unheard: 0,
             was_closed: false,
             settling: false,
             excused: false,
             acked: None,
+            set_back: false,
             bookmarks: Vec::new(),
             named: 0,
             worst: 0,
@@ -153,6 +166,11 @@ impl World {
     /// With these faults alone.
     pub(crate) fn with(seed: u64, kinds: &[Kind]) -> Self {
         Self { kinds: kinds.to_vec(), ..Self::new(seed) }
+    }
+
+    /// With these faults alone, and an activity log of this many places.
+    pub(crate) fn with_places(seed: u64, kinds: &[Kind], places: u32) -> Self {
+        Self { kinds: kinds.to_vec(), ..Self::make(seed, Some(places)) }
     }
 
     fn now(&self) -> Now {
@@ -279,6 +297,7 @@ impl World {
             }
             match event {
                 StreamEvent::Greeted(welcome) => {
+                    self.set_back = false;
                     if let Some(acked) = &self.acked {
                         let held = welcome.tail.map(|tail| (tail.incarnation, tail.number));
                         let known = (acked.incarnation, acked.batch);
@@ -314,9 +333,9 @@ impl World {
                     agent.syncer.handle_live(&empty, from);
                 }
                 StreamEvent::Durable(batch) => {
-                    self.acked = Some(batch.point);
+                    self.acked = Some(batch.point).filter(|_| !self.set_back);
                     self.unheard = 0;
-                    if let Some(named) = batch.bookmark.filter(|_| batch.recoverable) {
+                    if let Some(named) = batch.bookmark.filter(|_| batch.recoverable && !self.set_back) {
                         self.coverage.hit(Fault::Bookmarks);
                         self.bookmarks.push((batch.point, named));
                     }
@@ -354,9 +373,9 @@ impl World {
             }
         }
         for (volume, range) in std::mem::take(&mut agent.differs) {
-            // Nothing here changes a disk past the filter, so only what could not be read differs.
+            // Nothing here changes a disk past the filter, so only what could not be read, on either side, differs.
             let known = self.host.volumes[usize::from(volume)].history.is_known(range.start, range.end - range.start);
-            assert!(!known, "{range:?} of volume {volume} is said to differ");
+            assert!(!known || self.step < self.unread_until, "{range:?} of volume {volume} is said to differ");
         }
     }
 
@@ -618,7 +637,7 @@ impl World {
                     self.wires.iter_mut().for_each(Wire::hush);
                     self.take_events();
                     self.excused = true;
-                    self.acked = None;
+                    (self.acked, self.set_back) = (None, true);
                     self.bookmarks.clear();
                 }
             }
@@ -699,6 +718,9 @@ impl World {
     }
 
     fn watch(&mut self) {
+        if self.site.take_failed_read() {
+            self.unread_until = self.step + ANSWERS_STEPS;
+        }
         let Some(agent) = &mut self.agent else { return };
         agent.watch_stalls(&mut self.host, self.step);
         agent.watch_guests(&mut self.worst);
@@ -820,7 +842,9 @@ impl World {
         self.take_unreadable();
         let log = Rc::clone(&self.log);
         let mut replay = Replay::new(&self.host.sizes());
-        for point in &points {
+        // Nobody here knows what the batches of a number that was used twice hold.
+        let unclear = self.log.borrow().used_again.first().copied().unwrap_or(u64::MAX);
+        for point in points.iter().filter(|point| point.id.incarnation.0 < unclear) {
             assert_eq!(stream.check_point(&point.id).as_ref().ok(), Some(point), "an offered point can be had");
             replay.advance(&log.borrow(), point.id.incarnation.0, point.end.0);
             let images = self.point_images(&stream, point);
