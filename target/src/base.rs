@@ -626,8 +626,9 @@ impl<S: Storage> Base<S> {
     }
 
     /// Slots that became broken since it was opened and were not written whole since: how the first one was damaged; more than
-    /// [`BROKEN_MAX`] are not told from that many.
-    pub(crate) fn broken(&self) -> Option<String> {
+    /// 64 are not told from that many.
+    #[must_use]
+    pub fn broken(&self) -> Option<String> {
         let writer = self.lock();
         let (_, first) = writer.broken.first_key_value()?;
         let more = writer.broken.len() - 1;
