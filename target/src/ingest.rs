@@ -382,6 +382,10 @@ impl<S: Storage> Ingest<S> {
 
     /// Slots of a volume that are damaged: said until they were sent again.
     fn note_broken(&mut self, volume: VolumeIndex, broken: Option<String>) {
+        // Hardly ever is there anything to say, and this is the way of every batch of an initial sync.
+        if broken.is_none() && !self.broken.contains(&volume) {
+            return;
+        }
         let subject = self.stream.id.subject();
         match broken {
             Some(what) => {
@@ -390,10 +394,12 @@ impl<S: Storage> Ingest<S> {
                 }
                 self.stream.alarms.raise(AlarmCode::BaseFailed, &subject, &what);
             }
-            None if self.broken.remove(&volume) && self.broken.is_empty() => {
-                self.stream.alarms.clear(AlarmCode::BaseFailed, &subject);
+            None => {
+                self.broken.remove(&volume);
+                if self.broken.is_empty() {
+                    self.stream.alarms.clear(AlarmCode::BaseFailed, &subject);
+                }
             }
-            None => {}
         }
     }
 

@@ -90,9 +90,8 @@ fn a_flush_that_failed_is_remembered_by_the_next_lives() {
     }
 }
 
-/// Goal: after a power cut, what the activity log names, or did not reach the target, is all that differs: also after many of them, with
-/// links that break and a log that was let go in between. Method: these faults alone, so that the log is trusted often, after extents have left it; volumes
-/// whose every sector has moments to explain it.
+/// Goal: after a power cut, what the activity log names, or did not reach the target, is all that differs. Method: breaks of the link, slow
+/// disks and power cuts alone, over the smallest log: it is trusted after most cuts, and extents have left it before.
 #[test]
 fn what_the_activity_log_names_is_all_that_differs() {
     let sum = Coverage::new();
