@@ -323,7 +323,7 @@ impl<S: RingSource> Streamer<S> {
             && !matches!(self.mode, Mode::Comparing | Mode::StartingOver)
             && self.catch_up.is_none()
             // Else nobody knows which batch the next one follows.
-            && (self.settled || self.state.sent || !self.state.compared || !backlog.batches.is_empty());
+            && (self.settled || self.state.sent || !backlog.batches.is_empty());
         // The last ones that were given stay the log's.
         let begins = is_half_full(&fill) || backlog.everything;
         let goes_on = backlog.active && (!fill.is_low() || !backlog.appending.is_empty());
@@ -464,6 +464,15 @@ impl<S: RingSource> Streamer<S> {
 
     /// What the log holds is given up: the agent has recorded that everything is compared.
     pub(super) fn give_up_log(&mut self) {
+        self.drop_log(LogOrder::GiveUp);
+    }
+
+    /// The target has all that the log holds, and more behind it.
+    pub(super) fn end_log(&mut self) {
+        self.drop_log(LogOrder::End);
+    }
+
+    fn drop_log(&mut self, order: LogOrder) {
         let backlog = &mut self.backlog;
         backlog.epoch += 1;
         backlog.batches.clear();
@@ -474,7 +483,7 @@ impl<S: RingSource> Streamer<S> {
         backlog.orders.clear();
         if backlog.line != Line::None {
             backlog.line = Line::Asked;
-            backlog.orders.push_back(LogOrder::GiveUp);
+            backlog.orders.push_back(order);
         }
         self.slots.iter_mut().for_each(super::window::Slot::take_from_log);
     }

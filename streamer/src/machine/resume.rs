@@ -193,6 +193,10 @@ impl<S: RingSource> Streamer<S> {
     }
 
     fn go_live(&mut self) {
+        if self.greeted != self.stream_incarnation() {
+            self.give_up_link("the target has all of an older incarnation: the next one is greeted for".into());
+            return;
+        }
         self.mode = Mode::Live;
         self.settled = true;
         self.last_reason = None;
@@ -202,29 +206,30 @@ impl<S: RingSource> Streamer<S> {
     fn append(&mut self, welcome: &Welcome, number: BatchNo, chain: ChainHash) {
         let linked = self.state.sent && self.state.number == number && self.state.chain == chain;
         if !linked {
-            self.state.number = number;
-            self.state.chain = chain;
-            self.state.flags = StreamFlags {
-                event_open: welcome.event_open,
-                joined: welcome.joined.iter().copied().collect::<VolumeSet>(),
-            };
-            self.sent_to = number;
-            self.source.store_state(&self.state);
-            self.reset();
+            self.take_tail(welcome, number, chain);
         }
         self.go_live();
     }
 
+    /// What the ring holds is to follow the target's last batch.
+    fn take_tail(&mut self, welcome: &Welcome, number: BatchNo, chain: ChainHash) {
+        self.state.number = number;
+        self.state.chain = chain;
+        self.state.flags = StreamFlags {
+            event_open: welcome.event_open,
+            joined: welcome.joined.iter().copied().collect::<VolumeSet>(),
+        };
+        self.sent_to = number;
+        self.source.store_state(&self.state);
+        self.reset();
+    }
+
     /// The target holds batches whose acknowledgements were lost: forms them again, only to see that they are the same.
     fn begin_catch_up(&mut self, now: Now, tail: Option<&Tail>, number: BatchNo, chain: ChainHash) {
-        if let Some(logged) = self.backlog.get(number) {
-            if logged.chain == chain && logged.incarnation == self.greeted {
+        if let Some(logged) = self.backlog.get(number).filter(|logged| logged.incarnation == self.greeted) {
+            if logged.chain == chain {
                 self.make_durable(now, number, None);
-                if self.greeted == self.stream_incarnation() {
-                    self.go_live();
-                } else {
-                    self.give_up_link("the target has all of an older incarnation: the next one is greeted for".into());
-                }
+                self.go_live();
             } else {
                 let reason = format!("the target's batch {number} is not the one in the disk log");
                 self.demand_start_over(self.state.incarnation, reason);
@@ -232,9 +237,7 @@ impl<S: RingSource> Streamer<S> {
             return;
         }
         if self.stream_incarnation() != self.state.incarnation {
-            let reason =
-                format!("the target holds batch {number} of an older incarnation, which the disk log does not");
-            self.demand_start_over(self.state.incarnation, reason);
+            self.pass_over_log(number, chain);
             return;
         }
         let end = tail.map_or(self.state.position, |tail| tail.end);
@@ -252,6 +255,27 @@ impl<S: RingSource> Streamer<S> {
         }
         self.mode = Mode::Live;
         self.check_catch_up(now);
+    }
+
+    /// The target holds batch `number` of the older incarnation that the log's first batch is of, and the log does not: the host went down when all
+    /// of the log was at the target, and more behind it, and before that was recorded.
+    fn pass_over_log(&mut self, number: BatchNo, chain: ChainHash) {
+        let Some(welcome) = self.welcome.clone() else { return };
+        let older = |incarnation| incarnation == self.greeted;
+        let alone = self.backlog.back().is_some_and(|last| older(last.incarnation))
+            && self.slots.iter().all(|slot| slot.logged.is_none());
+        if !(alone && self.is_in_log(welcome.log)) {
+            self.mode = Mode::Comparing;
+            let reason = format!(
+                "the target holds batch {number} of incarnation {}, which the disk log does not, and what this host has logged since follows another",
+                self.greeted
+            );
+            self.events.push_back(StreamEvent::CompareEverything { reason });
+            return;
+        }
+        self.end_log();
+        self.take_tail(&welcome, number, chain);
+        self.go_live();
     }
 
     /// Once the chain hash of the target's last batch is known: is it the target's?
