@@ -111,10 +111,24 @@ impl RingOwner {
                 store.forget_bypassed(&self.name)?;
             }
         }
-        let mut clean = !state.attached;
+        let found = Ring::open(&path, &self.identity(state, boot));
+        let newer = match &found {
+            Err(farshore_ring::Error::OtherIncarnation { found, expected }) if found > expected => Some(*found),
+            Ok(_) | Err(_) => None,
+        };
+        if let Some(newer) = newer {
+            // What that ring held and the target has not is in nobody's memory, nor in a log that was put back with the state.
+            tracing::warn!(
+                group = %self.name,
+                "the state directory is older than the ring of this boot (was it restored from a copy?): everything is compared"
+            );
+            state.compare_everything = true;
+            state.incarnation = state.incarnation.max(newer);
+        }
+        let mut clean = !state.attached && newer.is_none();
         let mut from_log = false;
         if state.attached {
-            match Ring::open(&path, &self.identity(state, boot)) {
+            match found {
                 // The streamer stores its state before the first request is served. So the last start was cut off, perhaps before
                 // the saved marks were in this ring: they are taken again. (If that start had found its ring lost,
                 // `compare_everything` says so.)
@@ -124,7 +138,8 @@ impl RingOwner {
                     // That start may have had the log to go by.
                     from_log = is_covered(state, predecessor);
                 }
-                Ok(_) if !(predecessor.has_ended)() => {
+                Ok(found) if !(predecessor.has_ended)() => {
+                    drop(found);
                     from_log =
                         self.lost(state, predecessor, "a source is still held: the last agent's ring is given up");
                 }
@@ -170,6 +185,9 @@ impl RingOwner {
                         self.lost(state, predecessor, &format!("the ring of the last process is lost ({error})"));
                 }
             }
+        } else {
+            // Its lock goes before the next ring is made.
+            drop(found);
         }
         let logged = match &predecessor.logged {
             // With everything compared, a line of batches that goes before it is as good as it was.
@@ -424,6 +442,34 @@ mod tests {
             assert_eq!(looked.is_ok(), good, "{mode:o}");
             let text = looked.err().map(|error| error.to_string());
             assert!(text.is_none_or(|text| text.contains("a/b") && text.contains("may be written to by others")));
+        }
+    }
+
+    /// Goal: a state that was put back, while a ring of this boot tells of a later life, is not believed, whatever it says of its end and of
+    /// the activity log.
+    #[test]
+    fn a_state_that_is_older_than_the_ring_compares_everything() {
+        for attached in [false, true] {
+            let rig = Rig::new();
+            let mut state = GroupState { attached, boot: Some("b".into()), ..GroupState::new() };
+            let old = state.clone();
+            let name = Name::new("g").expect("good");
+            for _ in 0..3 {
+                state.attached = false;
+                rig.killed(&mut state);
+            }
+            let mut old = GroupState { incarnation: 1, ring: 1, ..old };
+            rig.store.write_group(&name, &old).expect("room");
+            let predecessor = Predecessor {
+                reissued: BTreeSet::new(),
+                has_ended: &|| true,
+                covered: Some("b".into()),
+                logged: Ok(Vec::new()),
+            };
+            let started = rig.owner.attach(rig.folder.path(), MIB * 8, &mut old, &rig.store, &predecessor);
+            let started = started.expect("a ring");
+            assert!(!started.resumed && !started.clean && !started.from_log && started.lost && old.compare_everything);
+            assert_eq!((started.content, old.incarnation), (Content::Unknown, state.incarnation + 1));
         }
     }
 

@@ -49,8 +49,16 @@ pub enum Error {
     /// The ring belongs to something else.
     #[error("ring belongs to another {field}")]
     OtherIdentity {
-        /// `vault`, `group`, `host`, `generation` or `incarnation`.
+        /// `vault`, `group`, `host` or `generation`.
         field: &'static str,
+    },
+    /// It is this boot's ring of the same group, in another life of it.
+    #[error("ring is of incarnation {found}, not {expected}")]
+    OtherIncarnation {
+        /// In the file.
+        found: u64,
+        /// What the caller takes for the last one. If it is below `found`, what the caller remembers is old.
+        expected: u64,
     },
     /// The sizes in the header contradict one another.
     #[error("ring's header says {found} bytes, its geometry needs {expected}")]
@@ -104,6 +112,7 @@ impl Error {
             | Self::HeaderChecksum { .. }
             | Self::OtherBoot
             | Self::OtherIdentity { .. }
+            | Self::OtherIncarnation { .. }
             | Self::SizeMismatch { .. }
             | Self::Truncated { .. }
             | Self::Corrupt { .. } => true,

@@ -378,12 +378,14 @@ fn check_identity(found: &RingIdentity, expected: &RingIdentity) -> Result<(), E
         ("group", found.group == expected.group),
         ("host", found.host == expected.host),
         ("generation", found.generation == expected.generation),
-        ("incarnation", found.incarnation == expected.incarnation),
     ];
-    match fields.into_iter().find(|(_, same)| !same) {
-        Some((field, _)) => Err(Error::OtherIdentity { field }),
-        None => Ok(()),
+    if let Some((field, _)) = fields.into_iter().find(|(_, same)| !same) {
+        return Err(Error::OtherIdentity { field });
     }
+    if found.incarnation != expected.incarnation {
+        return Err(Error::OtherIncarnation { found: found.incarnation, expected: expected.incarnation });
+    }
+    Ok(())
 }
 
 fn write_header(mapping: &Mapping, header: &[u8; HEADER_BYTES]) {

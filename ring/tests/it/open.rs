@@ -49,7 +49,11 @@ fn wrong_rings_have_distinct_errors() {
     check(|_, id| id.group[0] ^= 1, |e| matches!(e, Error::OtherIdentity { field: "group" }), true);
     check(|_, id| id.host[0] ^= 1, |e| matches!(e, Error::OtherIdentity { field: "host" }), true);
     check(|_, id| id.generation += 1, |e| matches!(e, Error::OtherIdentity { field: "generation" }), true);
-    check(|_, id| id.incarnation += 1, |e| matches!(e, Error::OtherIdentity { field: "incarnation" }), true);
+    check(
+        |_, id| id.incarnation += 1,
+        |e| matches!(e, Error::OtherIncarnation { found, expected } if found + 1 == *expected),
+        true,
+    );
     // head < freed: no kill leads there.
     check(put(4096 + 256, 1), |e| matches!(e, Error::Corrupt { .. }), true);
 }
