@@ -24,7 +24,7 @@ use farshore_streamer::{
     CaptureRing, DiskLog, Entropy, GroupLog, Line, LogDone, LogOrder, LogStart, LogTurn, LoggedBatch, RingSource,
     SegmentPool, StreamLog, Streamer, StreamerConfig, VolumeSet, Work, Worker, bridge,
 };
-use farshore_uring::sim::{SimIo, SimRng, SimStorage};
+use farshore_uring::sim::{SimDisk, SimIo, SimRng, SimStorage};
 use farshore_uring::{BlockDevice, BlockQueue, Io, OpenMode, Purpose, Request, Storage};
 
 use crate::faults::Fault;
@@ -63,6 +63,11 @@ struct Guest {
     tag: u32,
     /// Steps in a row in which it waited, and not for a device.
     waited: u64,
+    /// Ranges of writes that failed: what they came to is read next.
+    looks: VecDeque<(u64, u64)>,
+    /// Flushes of its device that failed, and those that it was told of.
+    flushes_failed: u64,
+    flushes_told: u64,
 }
 
 /// The activity log's threads, and what is recorded of the log.
@@ -120,7 +125,7 @@ pub(crate) struct Agent {
     pub(crate) verifies: bool,
     /// What verify found to differ.
     pub(crate) differs: Vec<(u16, std::ops::Range<u64>)>,
-    active: u64,
+    left: u64,
 }
 
 /// How an agent finds its host.
@@ -220,13 +225,20 @@ struct Attached {
 fn attach(host: &mut Host, start: Start, covered: bool, taken: (Vec<LoggedBatch>, bool)) -> Attached {
     let (logged, log_lost) = taken;
     let mut from_log = false;
+    let opened = match start {
+        Start::Again => Some(Ring::open(&host.ring_file, &host.identity())),
+        Start::Boot => None,
+    };
+    if let Some(Err(farshore_ring::Error::OtherIncarnation { found, expected })) = &opened
+        && found > expected
+    {
+        host.kept.compare_everything = true;
+        host.kept.incarnation = host.kept.incarnation.max(*found);
+        host.kept.attached = true;
+    }
     let first = !host.kept.attached;
     if host.kept.attached {
-        let found = match start {
-            Start::Again => Ring::open(&host.ring_file, &host.identity()).ok(),
-            Start::Boot => None,
-        };
-        match found {
+        match opened.and_then(Result::ok) {
             Some(found) => {
                 let writing = found.recovery().writing.clone();
                 mark_recovered(&found);
@@ -290,6 +302,22 @@ fn joined_in_stream(host: &Host, attached: &Attached) -> (VolumeSet, VolumeSet, 
     }
     ring.rewind();
     (indices().filter(|index| flags.joined.contains(*index)).collect(), at_target, held)
+}
+
+impl Guest {
+    fn read(&mut self, offset: u64, len: u64, step: u64) {
+        let short = u32::try_from(len).expect("short");
+        let buf = self.queue.buffer(Purpose::Read, short);
+        self.tag += 1;
+        self.pending.insert(self.tag, Pending { offset, len, id: None, fua: false, flush: false, submitted: step });
+        self.queue.submit(&mut self.io, self.tag, Request::Read { offset, len: short, buf });
+    }
+}
+
+fn peek(disk: &SimDisk, offset: u64, len: u64) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(len).expect("small")];
+    disk.peek(offset, &mut bytes);
+    bytes
 }
 
 impl Agent {
@@ -394,7 +422,7 @@ impl Agent {
         let logged = attached.logged.len() as u64;
         let begun = host.kept.line.is_some();
         assert!(begun || logged == 0);
-        settings.disk_log = Some(LogStart { batches: attached.logged, begun });
+        settings.disk_log = host.logs.then_some(LogStart { batches: attached.logged, begun });
         let capture_ring = CaptureRing::new(Arc::clone(&ring)).expect("the only consumer");
         let sent = resumed && capture_ring.load_state().is_some_and(|state| state.sent);
         // A host that was put back may use a number again; the target takes it for what it is.
@@ -451,7 +479,7 @@ impl Agent {
             heard: false,
             verifies: true,
             differs: Vec::new(),
-            active: 0,
+            left: 0,
             ring,
             group,
             rng,
@@ -477,12 +505,22 @@ impl Agent {
             let mut io = SimIo::new(self.rng.fork());
             io.attach(&host.volumes[volume].disk);
             let queue = self.filters[volume].open_queue(&mut io).expect("few owners");
-            self.guests.push(Guest { volume, io, queue, pending: BTreeMap::new(), tag: 0, waited: 0 });
+            self.guests.push(Guest {
+                volume,
+                io,
+                queue,
+                pending: BTreeMap::new(),
+                tag: 0,
+                waited: 0,
+                looks: VecDeque::new(),
+                flushes_failed: 0,
+                flushes_told: 0,
+            });
         }
     }
 
     /// The process ends at once. Its ring stays, with what it holds now.
-    pub(crate) fn kill(self, host: &mut Host) {
+    pub(crate) fn kill(self, host: &mut Host, step: u64) {
         // What is dropped below happens to the old one.
         let next = host.next_ring_file();
         std::fs::copy(&host.ring_file, &next).expect("room in /dev/shm");
@@ -494,9 +532,9 @@ impl Agent {
             drop(queue);
             for pending in pending.values() {
                 let Some(id) = pending.id else { continue };
-                let mut bytes = vec![0; usize::try_from(pending.len).expect("small")];
-                host.volumes[volume].disk.peek(pending.offset, &mut bytes);
-                host.volumes[volume].history.perhaps_wrote(pending.offset, id, pending.submitted, &bytes);
+                let found = peek(&host.volumes[volume].disk, pending.offset, pending.len);
+                let times = (pending.submitted, step);
+                host.volumes[volume].history.perhaps_wrote(pending.offset, id, times, &found);
             }
         }
         self.sync_io.kill();
@@ -508,6 +546,10 @@ impl Agent {
     pub(crate) fn submit(&mut self, host: &mut Host, step: u64) {
         let index = self.rng.index(self.guests.len());
         if self.guests[index].pending.len() >= 12 {
+            return;
+        }
+        if let Some((offset, bytes)) = self.guests[index].looks.pop_front() {
+            self.guests[index].read(offset, bytes, step);
             return;
         }
         let (start, most) = host.place(self.guests[index].volume);
@@ -528,20 +570,20 @@ impl Agent {
             _ => Some(host.content()),
         };
         let flag = self.rng.chance(1, 2);
+        let fua = kind == 5 || (kind == 4 && flag);
         let guest = &mut self.guests[index];
         let request = match kind {
             0 => Request::Flush,
             1 | 2 => Request::Read { offset, len: short, buf: guest.queue.buffer(Purpose::Read, short) },
             3 => Request::Discard { offset, len: bytes },
-            4 => Request::WriteZeroes { offset, len: bytes, fua: flag, no_hole: !flag },
+            4 => Request::WriteZeroes { offset, len: bytes, fua, no_hole: !flag },
             _ => {
                 let mut buf = guest.queue.buffer(Purpose::Write, short);
                 stamp(&mut buf[..usize::try_from(bytes).expect("short")], id.expect("a write has content"));
-                Request::Write { offset, len: short, buf, fua: kind == 5 }
+                Request::Write { offset, len: short, buf, fua }
             }
         };
         guest.tag += 1;
-        let fua = kind == 5;
         guest.pending.insert(guest.tag, Pending { offset, len: bytes, id, fua, flush: kind == 0, submitted: step });
         guest.queue.submit(&mut guest.io, guest.tag, request);
     }
@@ -556,8 +598,10 @@ impl Agent {
         let guest = &mut self.guests[index];
         let failed = host.volumes[guest.volume].faults.flushes_failed();
         guest.io.step();
-        if host.volumes[guest.volume].faults.flushes_failed() > failed {
+        let failed = host.volumes[guest.volume].faults.flushes_failed() - failed;
+        if failed > 0 {
             host.volumes[guest.volume].history.flush_failed(step);
+            guest.flushes_failed += failed;
         }
         while let Some(completion) = guest.io.poll_completion() {
             guest.queue.handle_completion(&mut guest.io, completion);
@@ -574,16 +618,28 @@ impl Agent {
                     volume.history.wrote(pending.offset, pending.len, id, pending.submitted, step, pending.fua);
                 }
                 (Ok(()), None) if pending.flush => volume.history.flushed(pending.submitted),
-                (Ok(()), None) => {}
+                (Ok(()), None) => {
+                    // What a write under way has put there is no version's that is known.
+                    let found = peek(&volume.disk, pending.offset, pending.len);
+                    volume.history.saw(pending.offset, &found, pending.submitted, step);
+                }
                 (Err(_), id) => {
                     if let Some(id) = id {
-                        let mut bytes = vec![0; usize::try_from(pending.len).expect("small")];
-                        volume.disk.peek(pending.offset, &mut bytes);
-                        volume.history.perhaps_wrote(pending.offset, id, pending.submitted, &bytes);
+                        let found = peek(&volume.disk, pending.offset, pending.len);
+                        volume.history.perhaps_wrote(pending.offset, id, (pending.submitted, step), &found);
+                        guest.looks.push_back((pending.offset, pending.len));
                     }
+                    guest.flushes_told += u64::from(pending.flush || pending.fua);
                     host.told_error(guest.volume);
                 }
             }
+        }
+        if guest.pending.is_empty() {
+            let Guest { flushes_failed, flushes_told, .. } = guest;
+            assert!(
+                *flushes_told >= *flushes_failed,
+                "{flushes_failed} flushes failed, the guest heard of {flushes_told}"
+            );
         }
     }
 
@@ -873,17 +929,8 @@ impl Agent {
         if self.watch.job.is_none() {
             self.watch.job = self.keeper.poll_flush();
         }
-        let active = (0..host.volumes.len())
-            .map(|at| {
-                let key = farshore_blkfilter::activity::VolumeKey::new(
-                    &group_id(),
-                    VolumeIndex(u16::try_from(at).expect("few")),
-                );
-                self.log.active(key)
-            })
-            .sum();
-        host.coverage.add(Fault::Evicted, self.active.saturating_sub(active));
-        self.active = active;
+        host.coverage.add(Fault::Evicted, self.keeper.left() - self.left);
+        self.left = self.keeper.left();
     }
 
     fn pass(&mut self, host: &mut Host, step: u64) {

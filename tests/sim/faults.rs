@@ -37,6 +37,7 @@ faults! {
     ComparedLogged "hosts that compared what was active alone",
     ComparedAll "hosts that compared everything",
     HostOld "hosts set back to an older state",
+    StateOld "state directories and logs set back to an older state",
     AgentKill "kills of the agent",
     SourceRead "reads that the source failed",
     SourceWrite "writes that the source failed",
@@ -98,7 +99,7 @@ impl Coverage {
 
     /// Those that never happened; what is rare by nature may not.
     pub(crate) fn never(&self) -> Vec<&'static str> {
-        let rare = [Fault::LogFull];
+        let rare = [Fault::LogFull, Fault::StateOld];
         let never = |fault: Fault| !rare.contains(&fault) && self.count(fault) == 0;
         Fault::ALL.iter().filter(|(fault, _)| never(*fault)).map(|(_, text)| *text).collect()
     }

@@ -27,7 +27,10 @@ fn id_of(sector: &[u8]) -> Option<u64> {
 struct Version {
     id: u64,
     submitted: u64,
+    /// From then on it may not be missing: its guest was told, or somebody has read it.
     acked: u64,
+    /// When its end was heard of.
+    ended: u64,
 }
 
 /// Sectors that are looked at as one while nobody writes to them.
@@ -52,7 +55,7 @@ impl History {
     pub(crate) fn new(image: &[u8]) -> Self {
         let first = |sector: &[u8]| {
             let id = id_of(sector).expect("the first image was stamped");
-            vec![Version { id, submitted: 0, acked: 0 }]
+            vec![Version { id, submitted: 0, acked: 0, ended: 0 }]
         };
         let sectors: Vec<_> = image.chunks(SECTOR).map(first).collect();
         let blank = image.chunks(SECTOR * RUN).map(is_zero).collect();
@@ -64,24 +67,39 @@ impl History {
         index(offset)..index(offset + len)
     }
 
-    /// A guest was told that its write is done. `id` 0: zeroes. `stable`: it is so (FUA).
+    /// A guest was told that its write is done. `id` 0: zeroes. `stable`: it is so (FUA), unless a flush has failed meanwhile, and dropped it.
     pub(crate) fn wrote(&mut self, offset: u64, len: u64, id: u64, submitted: u64, acked: u64, stable: bool) {
         for at in Self::range(offset, len) {
             self.blank[at / RUN] = false;
-            self.sectors[at].push(Version { id, submitted, acked });
-            if stable {
+            self.sectors[at].push(Version { id, submitted, acked, ended: acked });
+            if stable && submitted > self.failed {
                 self.floors[at] = self.sectors[at].len() - 1;
             }
         }
     }
 
-    /// A write failed, or nobody heard of its end: any of its sectors may hold it.
-    pub(crate) fn perhaps_wrote(&mut self, offset: u64, id: u64, submitted: u64, found: &[u8]) {
+    /// A write failed, or its process ended before it: any of its sectors may hold it. `times`: of its submission, and of its end.
+    pub(crate) fn perhaps_wrote(&mut self, offset: u64, id: u64, times: (u64, u64), found: &[u8]) {
+        let (submitted, ended) = times;
         let range = Self::range(offset, found.len() as u64);
         for (at, bytes) in range.zip(found.chunks(SECTOR)) {
             if id_of(bytes) == Some(id) {
                 self.blank[at / RUN] = false;
-                self.sectors[at].push(Version { id, submitted, acked: u64::MAX });
+                self.sectors[at].push(Version { id, submitted, acked: u64::MAX, ended });
+            }
+        }
+    }
+
+    /// A guest has read these bytes, and may act on them: what a write that failed has left is as good as acknowledged from then on.
+    pub(crate) fn saw(&mut self, offset: u64, found: &[u8], submitted: u64, step: u64) {
+        let range = Self::range(offset, found.len() as u64);
+        for (at, bytes) in range.zip(found.chunks(SECTOR)) {
+            if let Some(last) = self.sectors[at].last_mut()
+                && last.acked == u64::MAX
+                && last.ended < submitted
+                && id_of(bytes) == Some(last.id)
+            {
+                last.acked = step;
             }
         }
     }
@@ -115,7 +133,7 @@ impl History {
                 let kept = versions[self.floors[at]];
                 return Err(format!("sector {at} holds {id} after a power cut, and was flushed with {kept:?}"));
             }
-            versions.push(Version { id, submitted: step, acked: step });
+            versions.push(Version { id, submitted: step, acked: step, ended: step });
             self.floors[at] = versions.len() - 1;
         }
         Ok(())
@@ -223,6 +241,24 @@ fn lost_and_reordered_writes_are_found() {
     assert!(!check([11, 21], 0), "the second write without the first");
     assert!(!check([11, 11], 3) && !check([20, 11], 5), "lost an acknowledged write");
     assert!(!check([20, 99], 0), "never written");
+}
+
+#[test]
+fn what_a_failed_write_left_may_be_missing_until_it_was_read() {
+    let mut first = vec![0; SECTOR];
+    stamp(&mut first, 11);
+    let mut found = first.clone();
+    stamp(&mut found, 20);
+    let mut history = History::new(&first);
+    history.perhaps_wrote(0, 20, (1, 2), &found);
+    let old = |history: &History| check_cut(&[(history, first.as_slice())], 9).is_ok();
+    assert!(old(&history));
+    history.saw(0, &found, 2, 3);
+    assert!(old(&history), "that read may have been done before it failed");
+    history.saw(0, &first, 3, 4);
+    assert!(old(&history), "something else was read");
+    history.saw(0, &found, 3, 4);
+    assert!(!old(&history) && check_cut(&[(&history, found.as_slice())], 9).is_ok());
 }
 
 #[test]

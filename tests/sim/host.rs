@@ -78,6 +78,11 @@ pub(crate) struct LogKept {
 /// A state that the host can be put back to.
 pub(crate) struct Backup {
     disks: Vec<SimDisk>,
+    own: OwnBackup,
+}
+
+/// The agent's part of it: state directory and logs.
+pub(crate) struct OwnBackup {
     storage: SimStorage,
     kept: Kept,
 }
@@ -105,12 +110,15 @@ pub(crate) struct Host {
     pub(crate) places: u32,
     pub(crate) slab_bytes: u64,
     pub(crate) log_bytes: u64,
+    /// There is a disk log.
+    pub(crate) logs: bool,
     pub(crate) compresses: bool,
     /// Position behind each cut, by incarnation, and its step.
     pub(crate) cuts: BTreeMap<(u64, u64), u64>,
     next_id: u64,
     recent: VecDeque<u64>,
     backup: Option<Backup>,
+    own_backup: Option<OwnBackup>,
 }
 
 /// Slots at the start of each extent that guests write to.
@@ -133,11 +141,13 @@ impl Host {
             places: [4, 5, 8][rng.index(3)],
             slab_bytes: (2 + rng.below(4)) << 20,
             log_bytes: (2 + rng.below(2)) * (1 << 20) + 4096,
+            logs: true,
             compresses: rng.chance(1, 2),
             cuts: BTreeMap::new(),
             next_id: 1 << 20,
             recent: VecDeque::new(),
             backup: None,
+            own_backup: None,
         };
         for _ in 0..1 + rng.below(2) {
             host.add_volume();
@@ -241,13 +251,12 @@ impl Host {
         self.boot += 1;
         let backup = if to_backup { self.backup.take() } else { None };
         let is_old = backup.is_some();
-        if let Some(Backup { disks, storage, kept }) = backup {
+        if let Some(Backup { disks, own }) = backup {
             self.coverage.hit(Fault::HostOld);
             for (volume, disk) in self.volumes.iter_mut().zip(disks) {
                 volume.disk = disk;
             }
-            self.storage = storage;
-            self.kept = kept;
+            (self.storage, self.kept) = (own.storage, own.kept);
         } else {
             self.coverage.hit(Fault::HostCrash);
         }
@@ -277,7 +286,26 @@ impl Host {
     /// Somebody makes a copy of all of the host's disks at this moment.
     pub(crate) fn back_up(&mut self) {
         let disks = self.volumes.iter().map(|volume| volume.disk.fork()).collect();
-        self.backup = Some(Backup { disks, storage: self.storage.fork(), kept: self.kept.clone() });
+        self.backup = Some(Backup { disks, own: self.copy_own() });
+    }
+
+    fn copy_own(&self) -> OwnBackup {
+        OwnBackup { storage: self.storage.fork(), kept: self.kept.clone() }
+    }
+
+    /// Somebody makes a copy of the agent's own files, or puts them back to the last one; the agent must be gone then. `true`: they were put back.
+    pub(crate) fn swap_own(&mut self) -> bool {
+        let Some(OwnBackup { storage, kept }) = self.own_backup.take() else {
+            self.own_backup = Some(self.copy_own());
+            return false;
+        };
+        self.coverage.hit(Fault::StateOld);
+        (self.storage, self.kept) = (storage, kept);
+        true
+    }
+
+    pub(crate) fn has_own_backup(&self) -> bool {
+        self.own_backup.is_some()
     }
 
     pub(crate) fn has_backup(&self) -> bool {

@@ -1,7 +1,8 @@
 //! Both sites on one thread: guests, filter, logs, sync, ring, streamer, an in-memory link, and the target, over simulated disks. One seed
 //! decides who goes next, what is delayed, overtaken or lost, what fails, and where each machine dies. The model: `docs/fault-model.md`.
 //!
-//! `FARSHORE_SEEDS=n` runs more seeds, `FARSHORE_SEED=s` one; `FARSHORE_SWARM=minutes` is for the ignored test `swarm`.
+//! `FARSHORE_SEEDS=n` runs more seeds, from `FARSHORE_FIRST` on; `FARSHORE_SEED=s` one; `FARSHORE_SWARM=minutes` is for the ignored test
+//! `swarm`.
 
 mod agent;
 mod faults;
@@ -16,10 +17,12 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::faults::{Coverage, Fault};
-use crate::world::{Kind, World};
+use crate::world::{Kind, Profile, World};
 
 /// Enough that every fault of the model happens.
 const SEEDS: u64 = 40;
+/// Of each of [`PROFILES`].
+const PROFILE_SEEDS: u64 = 6;
 /// Seeds that found something once.
 const REGRESSIONS: &[u64] = &[201, 527, 10033, 100_093, 200_071, 200_112, 300_117, 300_183, 300_320, 300_342];
 /// Simulated milliseconds of load and trouble.
@@ -29,20 +32,26 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok())
 }
 
-fn seeds() -> Vec<u64> {
-    match number("FARSHORE_SEED") {
-        Some(seed) => vec![seed],
-        None => (0..number("FARSHORE_SEEDS").unwrap_or(SEEDS)).chain(REGRESSIONS.iter().copied()).collect(),
+/// The seeds of a test: one, those that were asked for, or so many, with those that found something once.
+fn seeds(default: u64, kept: &[u64]) -> Vec<u64> {
+    if let Some(seed) = number("FARSHORE_SEED") {
+        return vec![seed];
+    }
+    let first = number("FARSHORE_FIRST").unwrap_or(0);
+    match number("FARSHORE_SEEDS") {
+        Some(count) => (first..first + count).collect(),
+        None => (first..first + default).chain(kept.iter().copied()).collect(),
     }
 }
 
-/// Prints the seed if the test panics.
-struct Seed(u64);
+/// Prints the seed of this test if it panics.
+struct Seed(&'static str, u64);
 
 impl Drop for Seed {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            say(&format!("again with FARSHORE_SEED={} cargo test --package farshore-tests --test sim sites", self.0));
+            let Self(test, seed) = self;
+            say(&format!("again with FARSHORE_SEED={seed} cargo test --package farshore-tests --test sim {test}"));
         }
     }
 }
@@ -52,10 +61,8 @@ fn say(text: &str) {
     eprintln!("{text}");
 }
 
-/// One run. Gives what it covered, and how long a guest waited for us at most, in simulated milliseconds.
-fn run(seed: u64, sum: &Coverage) -> u64 {
-    let _seed = Seed(seed);
-    let mut world = World::new(seed);
+/// One run. Gives how long a guest waited for us at most, in simulated milliseconds.
+fn run_one(mut world: World, sum: &Coverage) -> u64 {
     world.run(STEPS);
     world.settle();
     world.check_settled();
@@ -63,12 +70,17 @@ fn run(seed: u64, sum: &Coverage) -> u64 {
     world.worst
 }
 
+fn run(seed: u64, sum: &Coverage) -> u64 {
+    let _seed = Seed("sites_agree", seed);
+    run_one(World::new(seed), sum)
+}
+
 /// Goal: whatever the link, the disks and both machines do, guests see no error but their disk's, nobody waits for us longer than
 /// `stall_max`, every point that the target offers is the replay of the stream up to it and a state that the source's disks could have
 /// been left in, and in the end both sites are equal.
 #[test]
 fn sites_agree_whatever_fails() {
-    let seeds = seeds();
+    let seeds = seeds(SEEDS, REGRESSIONS);
     let sum = Coverage::new();
     let worst = seeds.iter().map(|seed| run(*seed, &sum)).max().unwrap_or(0);
     say(&format!("{}{worst:>12} ms waited for us at most", sum.table()));
@@ -78,38 +90,116 @@ fn sites_agree_whatever_fails() {
     }
 }
 
-/// Goal: what a flush that failed has dropped is compared after a power cut, also where agents were killed since. Method: these faults
-/// alone.
-#[test]
-fn a_flush_that_failed_is_remembered_by_the_next_lives() {
-    for seed in 0..number("FARSHORE_SEEDS").unwrap_or(8) {
-        let mut world = World::with(seed, &[Kind::Flushes, Kind::Kill, Kind::Crash]);
-        world.run(STEPS);
-        world.settle();
-        world.check_settled();
+/// Runs of few kinds of fault, by the name of their test.
+const PROFILES: &[(&str, Profile)] = &[
+    ("a_flush_that_failed", Profile { kinds: &[Kind::Flushes, Kind::Kill, Kind::Crash], places: None, log_mib: None }),
+    (
+        "what_the_activity_log_names",
+        Profile { kinds: &[Kind::Link, Kind::Slow, Kind::Crash], places: Some(4), log_mib: None },
+    ),
+    (
+        "an_activity_log_that_fails",
+        Profile {
+            kinds: &[Kind::Activity, Kind::Kill, Kind::Crash, Kind::Partition],
+            places: Some(4),
+            log_mib: Some(0),
+        },
+    ),
+    (
+        "outages_fit_into_the_disk_log",
+        Profile { kinds: &[Kind::Link, Kind::Partition, Kind::Crash, Kind::Kill], places: Some(4), log_mib: Some(24) },
+    ),
+    (
+        "what_was_put_back",
+        Profile { kinds: &[Kind::HostOld, Kind::StateOld, Kind::Link], places: None, log_mib: Some(24) },
+    ),
+    (
+        "errors_of_the_source",
+        Profile { kinds: &[Kind::Reads, Kind::Writes, Kind::Flushes, Kind::Link], places: None, log_mib: None },
+    ),
+    (
+        "errors_of_the_target",
+        Profile { kinds: &[Kind::TargetDisk, Kind::Target, Kind::Link], places: None, log_mib: None },
+    ),
+];
+
+fn profile(test: &str) -> &'static Profile {
+    let found = PROFILES.iter().find(|(name, _)| *name == test);
+    &found.expect("it is in the list").1
+}
+
+/// Runs some seeds of a profile; gives what happened.
+fn run_profile(test: &'static str) -> std::sync::Arc<Coverage> {
+    let sum = Coverage::new();
+    for seed in seeds(PROFILE_SEEDS, &[]) {
+        let _seed = Seed(test, seed);
+        run_one(World::with(seed, profile(test)), &sum);
+    }
+    say(&format!("{test}:\n{}", sum.table()));
+    sum
+}
+
+/// Both happened, in all seeds together.
+fn assert_happened(sum: &Coverage, faults: &[Fault]) {
+    if number("FARSHORE_SEED").or(number("FARSHORE_SEEDS")).is_none() {
+        faults.iter().for_each(|fault| assert!(sum.count(*fault) > 0, "{fault:?} never happened"));
     }
 }
 
-/// Goal: after a power cut, what the activity log names, or did not reach the target, is all that differs. Method: breaks of the link, slow
-/// disks and power cuts alone, over the smallest log: it is trusted after most cuts, and extents have left it before.
+/// Goal: what a flush that failed has dropped is compared after a power cut, also where agents were killed since.
+#[test]
+fn a_flush_that_failed_is_remembered_by_the_next_lives() {
+    let sum = run_profile("a_flush_that_failed");
+    assert_happened(&sum, &[Fault::SourceFlush, Fault::AgentKill, Fault::HostCrash]);
+}
+
+/// Goal: after a power cut, what the activity log names, or did not reach the target, is all that differs. Method: over the smallest log,
+/// which is trusted after most cuts; extents have left it before.
 #[test]
 fn what_the_activity_log_names_is_all_that_differs() {
-    let sum = Coverage::new();
-    for seed in 0..number("FARSHORE_SEEDS").unwrap_or(8) {
-        let _seed = Seed(seed);
-        let mut world = World::with_places(seed, &[Kind::Link, Kind::Slow, Kind::Crash], 4);
-        world.run(STEPS);
-        world.settle();
-        world.check_settled();
-        sum.add_all(&world.coverage);
-    }
-    say(&sum.table());
-    let [trusted, cuts] = [Fault::ComparedLogged, Fault::HostCrash].map(|fault| sum.count(fault));
-    assert!(trusted > 0 && cuts > 0, "{trusted} of {cuts} power cuts");
+    let sum = run_profile("what_the_activity_log_names");
+    assert_happened(&sum, &[Fault::ComparedLogged, Fault::Evicted]);
+}
+
+/// Goal: an activity log that fails, hangs and comes back says that it covers everything only when it does.
+#[test]
+fn an_activity_log_that_fails_promises_nothing() {
+    let sum = run_profile("an_activity_log_that_fails");
+    assert_happened(&sum, &[Fault::ActivityEio, Fault::ActivityPassed, Fault::ComparedLogged, Fault::HostCrash]);
+}
+
+/// Goal: outages whose writes fit into the disk log lose no order and no point, and have nothing compared, over kills of the agent; after
+/// power cuts what the activity log names is all that is compared.
+#[test]
+fn outages_fit_into_the_disk_log() {
+    let sum = run_profile("outages_fit_into_the_disk_log");
+    assert_happened(&sum, &[Fault::LogUsed, Fault::LogSurvived, Fault::Partition, Fault::ComparedLogged]);
+}
+
+/// Goal: disks, logs and states of another time are noticed, and nothing is claimed of them.
+#[test]
+fn what_was_put_back_is_noticed() {
+    let sum = run_profile("what_was_put_back");
+    assert_happened(&sum, &[Fault::HostOld, Fault::StateOld]);
+}
+
+/// Goal: guests hear of their disk's errors, of those alone, and of all; and points do not go back behind what somebody has read after
+/// a write had failed.
+#[test]
+fn errors_of_the_source_are_the_guests() {
+    let sum = run_profile("errors_of_the_source");
+    assert_happened(&sum, &[Fault::SourceRead, Fault::SourceWrite, Fault::SourceFlush]);
+}
+
+/// Goal: a target whose disk fails keeps what it acknowledged, and goes on when its disk does.
+#[test]
+fn errors_of_the_target_lose_nothing() {
+    let sum = run_profile("errors_of_the_target");
+    assert_happened(&sum, &[Fault::TargetEio, Fault::TargetFull, Fault::TargetCrash]);
 }
 
 /// Goal: to look for what no seed has found yet, until the time is over. Method: random seeds on as many threads as there are cores;
-/// failing ones are printed, and belong into `REGRESSIONS` once they are understood.
+/// every second one is of a profile. Failing ones are printed, and belong into `REGRESSIONS` once they are understood.
 #[test]
 #[ignore = "runs for FARSHORE_SWARM minutes; `cargo xtask test swarm`"]
 fn swarm() {
@@ -128,7 +218,15 @@ fn swarm() {
             scope.spawn(|| {
                 while std::time::Instant::now() < end {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if std::panic::catch_unwind(|| run(seed, &sum)).is_err() {
+                    let one = || match usize::try_from(seed / 2).map(|at| at % PROFILES.len()) {
+                        Ok(at) if seed % 2 == 1 => {
+                            let (test, profile) = &PROFILES[at];
+                            let _seed = Seed(test, seed);
+                            run_one(World::with(seed, profile), &sum)
+                        }
+                        Ok(_) | Err(_) => run(seed, &sum),
+                    };
+                    if std::panic::catch_unwind(one).is_err() {
                         failed.lock().expect("no panic holds it").push(seed);
                     }
                     done.fetch_add(1, Ordering::Relaxed);

@@ -216,6 +216,8 @@ pub struct Keeper<F> {
     sound: bool,
     /// When so many were answered, everything that went past the log is covered.
     owed: u64,
+    /// Extents that have left.
+    left: u64,
 }
 
 impl<F> std::fmt::Debug for Keeper<F> {
@@ -261,6 +263,7 @@ impl<F: StorageFile> Keeper<F> {
             rotten: read.rotten,
             sound: false,
             owed: 0,
+            left: 0,
         };
         // Where they stand on disk, if that goes on: wherever `begin` is cut off, the table is the same. *(Packed anew, one that moves to
         // an earlier place would be in neither.)*
@@ -560,6 +563,7 @@ impl<F: StorageFile> Keeper<F> {
                 }
             }
             self.state[place] = Place::Left;
+            self.left += 1;
             self.idle += 1;
             self.give(u32::try_from(place).expect("at most 16,384"));
         }
@@ -668,6 +672,12 @@ impl<F: StorageFile> Keeper<F> {
             self.file.sync()?;
         }
         Ok(())
+    }
+
+    /// Extents that have left since [`Self::open`].
+    #[must_use]
+    pub fn left(&self) -> u64 {
+        self.left
     }
 
     /// Extents that have a mark.

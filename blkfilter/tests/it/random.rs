@@ -6,12 +6,15 @@ use farshore_uring::sim::{DiskFault, DiskOp, SimRng};
 
 use crate::rig::{Config, Rig};
 
-/// Seeds per test: `FARSHORE_SEEDS` for longer runs, `FARSHORE_SEED` for one.
+/// Seeds per test: `FARSHORE_SEEDS` for longer runs, from `FARSHORE_FIRST` on, `FARSHORE_SEED` for one.
 pub(crate) fn seeds(default: u64) -> Vec<u64> {
     let number = |name| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     match number("FARSHORE_SEED") {
         Some(seed) => vec![seed],
-        None => (0..number("FARSHORE_SEEDS").unwrap_or(default)).collect(),
+        None => {
+            let first = number("FARSHORE_FIRST").unwrap_or(0);
+            (first..first + number("FARSHORE_SEEDS").unwrap_or(default)).collect()
+        }
     }
 }
 
