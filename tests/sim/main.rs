@@ -92,35 +92,40 @@ fn sites_agree_whatever_fails() {
 
 /// Runs of few kinds of fault, by the name of their test.
 const PROFILES: &[(&str, Profile)] = &[
-    ("a_flush_that_failed", Profile { kinds: &[Kind::Flushes, Kind::Kill, Kind::Crash], places: None, log_mib: None }),
+    ("a_flush_that_failed", Profile::of(&[(Kind::Flushes, 12), (Kind::Kill, 30), (Kind::Crash, 24)])),
     (
         "what_the_activity_log_names",
-        Profile { kinds: &[Kind::Link, Kind::Slow, Kind::Crash], places: Some(4), log_mib: None },
+        Profile { places: Some(4), ..Profile::of(&[(Kind::Link, 37), (Kind::Slow, 11), (Kind::Crash, 18)]) },
     ),
     (
         "an_activity_log_that_fails",
         Profile {
-            kinds: &[Kind::Activity, Kind::Kill, Kind::Crash, Kind::Partition],
             places: Some(4),
             log_mib: Some(0),
+            ..Profile::of(&[(Kind::Activity, 20), (Kind::Kill, 14), (Kind::Crash, 9), (Kind::Partition, 12)])
         },
     ),
     (
         "outages_fit_into_the_disk_log",
-        Profile { kinds: &[Kind::Link, Kind::Partition, Kind::Crash, Kind::Kill], places: Some(4), log_mib: Some(24) },
+        Profile {
+            places: Some(4),
+            ring_mib: Some(1),
+            log_mib: Some(24),
+            ..Profile::of(&[(Kind::Partition, 14), (Kind::Crash, 6), (Kind::Kill, 6), (Kind::Link, 6)])
+        },
     ),
     (
         "what_was_put_back",
-        Profile { kinds: &[Kind::HostOld, Kind::StateOld, Kind::Link], places: None, log_mib: Some(24) },
+        Profile {
+            log_mib: Some(24),
+            ..Profile::of(&[(Kind::HostOld, 9), (Kind::StateOld, 9), (Kind::Link, 20), (Kind::Partition, 8)])
+        },
     ),
     (
         "errors_of_the_source",
-        Profile { kinds: &[Kind::Reads, Kind::Writes, Kind::Flushes, Kind::Link], places: None, log_mib: None },
+        Profile::of(&[(Kind::Reads, 9), (Kind::Writes, 12), (Kind::Flushes, 10), (Kind::Link, 38)]),
     ),
-    (
-        "errors_of_the_target",
-        Profile { kinds: &[Kind::TargetDisk, Kind::Target, Kind::Link], places: None, log_mib: None },
-    ),
+    ("errors_of_the_target", Profile::of(&[(Kind::TargetDisk, 15), (Kind::Target, 26), (Kind::Link, 20)])),
 ];
 
 fn profile(test: &str) -> &'static Profile {

@@ -74,16 +74,26 @@ const KINDS: [(Kind, u64); 17] = [
     (Kind::DiskLog, 8),
     (Kind::StateOld, 3),
 ];
-/// Of so many troubles, each kind has as many as its weight.
+/// Of so many moments for trouble, each kind has as many as its weight.
 const TROUBLES: u64 = 200;
 
 /// A run of some kinds of fault alone, which come more often, so that a rare order of them is seen.
 pub(crate) struct Profile {
-    pub(crate) kinds: &'static [Kind],
+    /// Of [`TROUBLES`], how many are of each kind.
+    pub(crate) kinds: &'static [(Kind, u64)],
     /// Of the activity log; none: as the seed has it.
     pub(crate) places: Option<u32>,
+    /// Of the ring, MiB; none: as the seed has it.
+    pub(crate) ring_mib: Option<u64>,
     /// Of the disk log, MiB; none: as the seed has it, which is small; 0: there is no disk log.
     pub(crate) log_mib: Option<u64>,
+}
+
+impl Profile {
+    /// These kinds, and else as the seed has it.
+    pub(crate) const fn of(kinds: &'static [(Kind, u64)]) -> Self {
+        Self { kinds, places: None, ring_mib: None, log_mib: None }
+    }
 }
 
 pub(crate) struct World {
@@ -106,9 +116,7 @@ pub(crate) struct World {
     link: LinkTrouble,
     /// What the two wall clocks show beside the steps, in ms.
     clocks: [i64; 2],
-    kinds: Vec<Kind>,
-    /// See [`TROUBLES`].
-    troubles: u64,
+    kinds: Vec<(Kind, u64)>,
     /// The target may have answered by then for what it could not read.
     unread_until: u64,
     /// Trouble that lasts ends then.
@@ -147,22 +155,19 @@ impl World {
         let coverage = Coverage::new();
         let mut host = Host::new(&mut rng, Arc::clone(&coverage));
         host.places = profile.and_then(|profile| profile.places).unwrap_or(host.places);
+        host.slab_bytes = profile.and_then(|profile| profile.ring_mib).map_or(host.slab_bytes, |mib| mib << 20);
         match profile.and_then(|profile| profile.log_mib) {
             Some(0) => host.logs = false,
             Some(mib) => host.log_bytes = (mib << 20) + 4096,
             None => {}
         }
         let site = Site::new(rng.fork(), Arc::clone(&coverage));
-        let (mut kinds, rare): (Vec<Kind>, Vec<Kind>) =
-            KINDS.iter().map(|(kind, _)| *kind).partition(|kind| *kind != Kind::StateOld);
+        let (mut kinds, rare): (Vec<_>, Vec<_>) = KINDS.into_iter().partition(|(kind, _)| *kind != Kind::StateOld);
         kinds.retain(|_| rng.chance(1, 2));
         // After one of these much is excused.
         kinds.extend(rare.into_iter().filter(|_| SimRng::new(!seed).chance(1, 4)));
-        let mut troubles = TROUBLES;
         if let Some(profile) = profile {
             kinds = profile.kinds.to_vec();
-            let weights = KINDS.iter().filter(|(kind, _)| kinds.contains(kind)).map(|(_, weight)| weight);
-            troubles = (3 * weights.sum::<u64>()).min(TROUBLES);
         }
         let mut world = Self {
             step: 1,
@@ -178,7 +183,6 @@ impl World {
             link: LinkTrouble::default(),
             clocks: [0, 0],
             kinds,
-            troubles,
             unread_until: 0,
             ends: 0,
             unheard: 0,
@@ -589,17 +593,14 @@ impl World {
             self.site.keep("1s");
             self.look_for_death();
         }
-        let mut at = self.rng.below(self.troubles);
-        // What is not in a seed has its share all the same, in a run of all kinds.
-        let apart = self.troubles < TROUBLES;
-        for (kind, weight) in KINDS.into_iter().filter(|(kind, _)| !apart || self.kinds.contains(kind)) {
-            if at < weight {
-                if self.kinds.contains(&kind) {
-                    self.happen(kind);
-                }
-                return;
-            }
-            at -= weight;
+        let mut at = self.rng.below(TROUBLES);
+        let found = self.kinds.iter().find_map(|(kind, weight)| {
+            let here = at < *weight;
+            at = at.saturating_sub(*weight);
+            here.then_some(*kind)
+        });
+        if let Some(kind) = found {
+            self.happen(kind);
         }
     }
 
@@ -884,7 +885,7 @@ impl World {
             // A volume that has not joined gets its data straight into the base: also that of a batch that the target did not get to
             // journal, and that no later life of the ring repeats.
             let exact = point.id.incarnation.0 == 1
-                || !self.kinds.iter().any(|kind| matches!(kind, Kind::Target | Kind::TargetDisk));
+                || !self.kinds.iter().any(|(kind, _)| matches!(kind, Kind::Target | Kind::TargetDisk));
             for (volume, image) in images.iter().filter(|_| exact) {
                 let differs = image.iter().zip(&replay.images[*volume]).position(|(a, b)| a != b);
                 assert_eq!(differs, None, "volume {volume} at {}: first byte that is not the stream's", point.id);
@@ -991,9 +992,11 @@ impl World {
             agent.turn_sync(&mut self.host, now);
             agent.turn_log(&mut self.host, step);
             let (mut found, over) = (std::mem::take(&mut agent.differs), begun && !agent.is_verifying());
-            let known = &self.host.volumes[at].history;
             // What could not be read differs, too.
-            found.retain(|(_, range)| range.contains(&offset) || known.is_known(range.start, range.end - range.start));
+            found.retain(|(of, range)| {
+                let history = &self.host.volumes[usize::from(*of)].history;
+                (*of == index && range.contains(&offset)) || history.is_known(range.start, range.end - range.start)
+            });
             if let Some((volume, range)) = found.first() {
                 assert!(*volume == index && range.contains(&offset), "{range:?} of volume {volume} differs: {offset}");
                 return;
