@@ -68,9 +68,18 @@ impl Cutter {
         if !self.due(now, slot_free) {
             return None;
         }
-        let bookmark = self.bookmarks.front();
-        let name = bookmark.map_or(&b""[..], |(name, _)| name.as_str().as_bytes());
-        let mut reservation = self.producer.reserve_marker(name.len()).ok()?;
+        let mut bookmark = self.bookmarks.front();
+        let mut name = bookmark.map_or(&b""[..], |(name, _)| name.as_str().as_bytes());
+        let mut reservation = match self.producer.reserve_marker(name.len()) {
+            Ok(reservation) => reservation,
+            // A ring in which the name finds no room may be full of what has no cut, and that leaves it only when there is one. The
+            // bookmark waits for the next.
+            Err(_) if self.changed() => {
+                (bookmark, name) = (None, b"");
+                self.producer.reserve_marker(0).ok()?
+            }
+            Err(_) => return None,
+        };
         reservation[..name.len()].copy_from_slice(name);
         let desc = Desc {
             kind: Kind::Cut as u8,
@@ -79,14 +88,20 @@ impl Cutter {
             aux: if bookmark.is_some_and(|(_, app)| *app) { CUT_APP_CONSISTENT } else { 0 },
             ..Desc::default()
         };
+        let named = bookmark.is_some();
         let position = self.producer.publish(reservation, &desc).ok()?;
         self.last = Some((now, position + 1));
         self.group.cut_made(position);
         if self.producer.consumer_sleeping() {
             self.group.wake_consumer();
         }
-        let bookmark = self.bookmarks.pop_front().map(|(name, _)| name);
+        let bookmark = if named { self.bookmarks.pop_front().map(|(name, _)| name) } else { None };
         Some(Cut { position: Position(position), bookmark })
+    }
+
+    /// Something was captured since the last cut.
+    fn changed(&self) -> bool {
+        self.last.is_none_or(|(_, behind)| self.group.ring().head() != behind)
     }
 
     fn due(&self, now: Now, slot_free: bool) -> bool {

@@ -283,6 +283,27 @@ fn unprotected_passes_through() {
     queue.close(&mut io);
 }
 
+/// Goal: a bookmark whose name finds no room does not keep the ring from being cut: what is in it would never leave it. It has the first cut
+/// for whose name there is room.
+#[test]
+fn a_bookmark_without_room_does_not_keep_back_the_cut() {
+    let mut rig = settled(13, Config { descriptors: 4096, ..small() });
+    let mut cutter = farshore_blkfilter::Cutter::new(Arc::clone(&rig.group));
+    assert!(cutter.poll(Now(1), WallTime(1), true).is_some());
+    rig.submit(0, 0, 512, What::Write { fua: false });
+    run_guests(&mut rig);
+    let producer = rig.ring.producer();
+    let held: Vec<_> = std::iter::from_fn(|| producer.reserve_marker(8).ok()).collect();
+    let name = Name::new("full").expect("a good name");
+    cutter.bookmark(name.clone(), false).expect("open");
+    let cut = cutter.poll(Now(2), WallTime(2), false).expect("what was written is cut");
+    assert_eq!(cut.bookmark, None);
+    assert_eq!(cutter.poll(Now(3), WallTime(3), true), None, "nothing new to cut, and no room for the name");
+    drop(held);
+    let cut = cutter.poll(Now(4), WallTime(4), false).expect("there is room");
+    assert_eq!(cut.bookmark, Some(name));
+}
+
 /// Cuts: at once, then `cut_min` apart under load, `cut_max` when idle, none without a slot to ship in; bookmarks at once.
 #[test]
 fn cuts_come_when_they_should() {
