@@ -129,6 +129,11 @@ impl<S: RingSource> Streamer<S> {
         let Some(welcome) = self.welcome.clone() else { return };
         let tail = welcome.tail;
         let incarnation = self.stream_incarnation();
+        if let Some(tail) = tail.filter(|tail| tail.incarnation > incarnation)
+            && self.skip_in_log(now, &tail)
+        {
+            return;
+        }
         let own = SourceTail {
             incarnation,
             number: self.state.number,
@@ -257,18 +262,34 @@ impl<S: RingSource> Streamer<S> {
         self.check_catch_up(now);
     }
 
-    /// The target holds batch `number` of the older incarnation that the log's first batch is of, and the log does not: the host went down when all
-    /// of the log was at the target, and more behind it, and before that was recorded.
+    /// The target is in a later incarnation than the log's first batch: what is trimmed is not made durable, so the log may begin with what the target
+    /// has. `false`: that explains nothing.
+    fn skip_in_log(&mut self, now: Now, tail: &Tail) -> bool {
+        let Some(last) = self.backlog.back().map(|last| last.number) else { return false };
+        match self.backlog.get(tail.number) {
+            Some(logged) if (logged.incarnation, logged.chain) == (tail.incarnation, tail.chain) => {
+                self.make_durable(now, tail.number, None);
+                self.go_live();
+                true
+            }
+            None if tail.number > last && tail.incarnation < self.state.incarnation => {
+                self.pass_over_log(tail.number, tail.chain);
+                true
+            }
+            Some(_) | None => false,
+        }
+    }
+
+    /// The target holds batch `number` of an older incarnation, which the log does not, and later ones than the log's: the host went down when all of
+    /// the log was at the target, and more behind it, and before that was recorded.
     fn pass_over_log(&mut self, number: BatchNo, chain: ChainHash) {
         let Some(welcome) = self.welcome.clone() else { return };
-        let older = |incarnation| incarnation == self.greeted;
-        let alone = self.backlog.back().is_some_and(|last| older(last.incarnation))
+        let alone = self.backlog.back().is_some_and(|last| last.incarnation < self.state.incarnation)
             && self.slots.iter().all(|slot| slot.logged.is_none());
         if !(alone && self.is_in_log(welcome.log)) {
             self.mode = Mode::Comparing;
             let reason = format!(
-                "the target holds batch {number} of incarnation {}, which the disk log does not, and what this host has logged since follows another",
-                self.greeted
+                "the target holds batch {number}, which the disk log does not, and what this host has logged since follows another"
             );
             self.events.push_back(StreamEvent::CompareEverything { reason });
             return;
