@@ -839,7 +839,10 @@ impl Agent {
             }
             self.thread.turn.obey(order, &give);
         }
-        self.thread.turn.sync(&give);
+        // The power may fail before its disk has answered.
+        if self.rng.chance(1, 2) {
+            self.thread.turn.sync(&give);
+        }
         for it in done.into_inner() {
             match &it {
                 LogDone::Full { .. } => host.coverage.hit(Fault::LogFull),

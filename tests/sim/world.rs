@@ -87,12 +87,14 @@ pub(crate) struct Profile {
     pub(crate) ring_mib: Option<u64>,
     /// Of the disk log, MiB; none: as the seed has it, which is small; 0: there is no disk log.
     pub(crate) log_mib: Option<u64>,
+    /// Seeds that found something once.
+    pub(crate) kept: &'static [u64],
 }
 
 impl Profile {
     /// These kinds, and else as the seed has it.
     pub(crate) const fn of(kinds: &'static [(Kind, u64)]) -> Self {
-        Self { kinds, places: None, ring_mib: None, log_mib: None }
+        Self { kinds, places: None, ring_mib: None, log_mib: None, kept: &[] }
     }
 }
 
