@@ -1,7 +1,7 @@
 //! Both sites on one thread: guests, filter, logs, sync, ring, streamer, an in-memory link, and the target, over simulated disks. One seed
 //! decides who goes next, what is delayed, overtaken or lost, what fails, and where each machine dies. The model: `docs/fault-model.md`.
 //!
-//! `FARSHORE_SEEDS=n` runs more seeds, from `FARSHORE_FIRST` on; `FARSHORE_SEED=s` one; `FARSHORE_SWARM=minutes` is for the ignored test
+//! `FARSHORE_SEEDS=n` runs more seeds, from `FARSHORE_FIRST` on, with `FARSHORE_KEPT=1` those alone that are kept; `FARSHORE_SEED=s` one; `FARSHORE_SWARM=minutes` is for the ignored test
 //! `swarm`.
 
 mod agent;
@@ -39,7 +39,8 @@ fn seeds(default: u64, kept: &[u64]) -> Vec<u64> {
     }
     let first = number("FARSHORE_FIRST").unwrap_or(0);
     match number("FARSHORE_SEEDS") {
-        Some(count) => (first..first + count).collect(),
+        Some(count) if std::env::var_os("FARSHORE_KEPT").is_none() => (first..first + count).collect(),
+        Some(_) => kept.to_vec(),
         None => (first..first + default).chain(kept.iter().copied()).collect(),
     }
 }
@@ -101,8 +102,9 @@ const PROFILES: &[(&str, Profile)] = &[
         "an_activity_log_that_fails",
         Profile {
             places: Some(4),
+            ring_mib: Some(1),
             log_mib: Some(0),
-            ..Profile::of(&[(Kind::Activity, 20), (Kind::Kill, 14), (Kind::Crash, 9), (Kind::Partition, 12)])
+            ..Profile::of(&[(Kind::Activity, 20), (Kind::Kill, 14), (Kind::Crash, 9), (Kind::Partition, 18)])
         },
     ),
     (
@@ -111,7 +113,7 @@ const PROFILES: &[(&str, Profile)] = &[
             places: Some(4),
             ring_mib: Some(1),
             log_mib: Some(24),
-            kept: &[16, 600_061],
+            kept: &[16, 49, 246, 600_061],
             ..Profile::of(&[(Kind::Partition, 14), (Kind::Crash, 6), (Kind::Kill, 6), (Kind::Link, 6)])
         },
     ),

@@ -758,6 +758,11 @@ impl World {
             self.unread_until = self.step + ANSWERS_STEPS;
         }
         let Some(agent) = &mut self.agent else { return };
+        // Everything was compared, and is there: what comes later has to have another reason.
+        let over = self.excused && self.ends == 0 && !self.set_back && !self.host.kept.compare_everything;
+        if over && agent.live && agent.is_whole() && agent.streamer.is_drained() {
+            self.excused = false;
+        }
         agent.watch_stalls(&mut self.host, self.step);
         agent.watch_guests(&mut self.worst);
     }

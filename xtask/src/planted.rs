@@ -232,7 +232,10 @@ pub(crate) fn run(root: &Path, target: &Path) -> Result<(u64, u64)> {
             continue;
         };
         let verdict = match found {
-            Some(Found { test, seed, tried }) => format!("found by seed {seed} of {test}, after {tried} of all tests"),
+            Some(Found { test, seed, tried, kept: false }) => {
+                format!("found by seed {seed} of {test}, after {tried} of all tests")
+            }
+            Some(Found { test, seed, .. }) => format!("found by seed {seed} of {test}, which is kept"),
             None => "SURVIVED".to_owned(),
         };
         println!("planted {:<44} {:<4} {verdict} ({} s)", bug.name, bug.invariant, begin.elapsed().as_secs());
@@ -253,6 +256,8 @@ struct Found {
     test: &'static str,
     seed: u64,
     tried: u64,
+    /// It is one that found something once, and is run for that.
+    kept: bool,
 }
 
 /// Who finds it: the world of its crate first, if there is one, for it is small and fast. `None`: it does not build.
@@ -276,11 +281,18 @@ fn look(program: &Path, world: &World, seeds: u64) -> Result<Option<Found>> {
         let count = TURN.min(seeds - from);
         for test in world.tests {
             if let Some(at) = seeds_until_failure(program, test, from, count)? {
-                return Ok(Some(Found { test, seed: from + at - 1, tried: tried + at }));
+                return Ok(Some(Found { test, seed: from + at - 1, tried: tried + at, kept: false }));
             }
             tried += count;
         }
         from += count;
+    }
+    // Those that are kept for what they found once, all of a test together.
+    for test in world.tests {
+        if let Some((reason, seed)) = failure(program, test, &[("FARSHORE_SEEDS", "1"), ("FARSHORE_KEPT", "1")])? {
+            println!("    {reason}");
+            return Ok(Some(Found { test, seed: seed.unwrap_or(0), tried, kept: true }));
+        }
     }
     Ok(None)
 }
@@ -352,11 +364,22 @@ fn build(copy: &Path, world: &World) -> Result<Option<PathBuf>> {
 
 /// How many seeds it takes, from the first one on; none: so many find nothing.
 fn seeds_until_failure(program: &Path, test: &str, first: u64, seeds: u64) -> Result<Option<u64>> {
+    let (count, from) = (seeds.to_string(), first.to_string());
+    let failed = failure(program, test, &[("FARSHORE_SEEDS", &count), ("FARSHORE_FIRST", &from)])?;
+    Ok(failed.map(|(reason, seed)| {
+        println!("    {reason}");
+        // Without a word: it stands still in some seed.
+        seed.map_or(seeds, |seed| seed.saturating_sub(first) + 1).min(seeds)
+    }))
+}
+
+/// Why a test fails with such settings, and by which seed.
+fn failure(program: &Path, test: &str, settings: &[(&str, &str)]) -> Result<Option<(String, Option<u64>)>> {
     let limit = TURN_MAX.as_secs().to_string();
     let mut command = Command::new("timeout");
     command.arg(limit).arg(program).arg(test).arg("--nocapture").env("RUST_BACKTRACE", "0");
-    command.env("FARSHORE_SEEDS", seeds.to_string()).env("FARSHORE_FIRST", first.to_string());
-    let output = command.env_remove("FARSHORE_SEED").output().context("run the simulation")?;
+    ["FARSHORE_SEED", "FARSHORE_SEEDS", "FARSHORE_KEPT"].iter().for_each(|name| _ = command.env_remove(name));
+    let output = command.envs(settings.iter().copied()).output().context("run the simulation")?;
     if output.status.success() {
         return Ok(None);
     }
@@ -366,9 +389,7 @@ fn seeds_until_failure(program: &Path, test: &str, first: u64, seeds: u64) -> Re
         rest.split_whitespace().next()?.parse::<u64>().ok()
     });
     let reason = text.lines().skip_while(|line| !line.contains("panicked")).nth(1).unwrap_or("it stands still");
-    println!("    {}", reason.chars().take(160).collect::<String>());
-    // Without a word: it stands still in some seed.
-    Ok(Some(seed.map_or(seeds, |seed| seed.saturating_sub(first) + 1).min(seeds)))
+    Ok(Some((reason.chars().take(160).collect(), seed)))
 }
 
 #[cfg(test)]
