@@ -84,6 +84,13 @@ pub fn show_time(time: WallTime) -> String {
     format!("{date}T{:02}:{:02}:{:02}.{:06}Z", clock.hour(), clock.minute(), clock.second(), clock.microsecond())
 }
 
+/// The last moment that [`show_time`] shows as it shows `time`: whoever gives back what was shown means all of its microsecond.
+#[must_use]
+pub fn last_shown_as(time: WallTime) -> WallTime {
+    const MICROSECOND: u64 = 1000;
+    WallTime(time.0.saturating_add(MICROSECOND - 1 - time.0 % MICROSECOND))
+}
+
 /// A time from RFC 3339 (`2026-11-22T21:49:05.5Z`, `2026-11-22T23:49:05+02:00`).
 ///
 /// # Errors
@@ -150,6 +157,10 @@ mod tests {
         for day in (0..60_000u64).step_by(7) {
             let time = WallTime((day * 86_400 + day) * 1_000_000_000 + 123_456_000);
             assert_eq!(parse_time(&show_time(time)), Ok(time));
+            let (exact, next) = (WallTime(time.0 + day % 1000), WallTime(time.0 + 1000));
+            let given_back = parse_time(&show_time(exact)).map(last_shown_as).expect("just shown");
+            assert!(given_back >= exact && given_back < next && show_time(given_back) == show_time(exact));
         }
+        assert_eq!(last_shown_as(WallTime(u64::MAX)), WallTime(u64::MAX));
     }
 }

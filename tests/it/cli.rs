@@ -181,6 +181,13 @@ fn the_targets_commands_do_what_they_say() {
             rig.cli(&["view", "close", view["id"].as_str().context("text")?])?.ok()?;
             ensure!(device::connect(&device).is_err(), "a closed view is not served");
             rig.check_point(time, guest.model()).context("views never change points")?;
+            // The time that is shown means the point that it is shown of, though it leaves out its nanoseconds.
+            let there = rig.cli(&["--json", "points", GROUP, "--from", time, "--to", time])?.json()?;
+            let there = there.as_array().context("a list")?;
+            ensure!(there.iter().any(|point| point["id"] == id), "{there:?}");
+            let view = rig.cli(&["--json", "view", "open", GROUP, "--at", time, "--export", &folder])?.json()?;
+            ensure!(view["point"] == id, "{view}");
+            rig.cli(&["view", "close", view["id"].as_str().context("text")?])?.ok()?;
             let tcp = rig.cli(&[
                 "--json",
                 "view",

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use farshore_proto::text::{parse_duration, parse_size, parse_time, show_time};
+use farshore_proto::text::{last_shown_as, parse_duration, parse_size, parse_time, show_time};
 use farshore_proto::{Name, PointId, WallTime};
 use farshore_target::Kind;
 use farshore_target::bases::{AttachBase, BaseDevice};
@@ -83,7 +83,10 @@ impl Service {
         let time = |text: &Option<String>| -> Result<Option<WallTime>, Failure> {
             text.as_deref().map(parse_time).transpose().map_err(|error| Failure::usage("time", error.to_string()))
         };
-        let points = self.target.points(&group, time(&query.from)?, time(&query.to)?).map_err(|_| no_group(&group))?;
+        let points = self
+            .target
+            .points(&group, time(&query.from)?, time(&query.to)?.map(last_shown_as))
+            .map_err(|_| no_group(&group))?;
         let document = |info: PointInfo| point_document(&info.point, info.verified, info.is_group);
         Ok(json!(points.into_iter().map(document).collect::<Vec<_>>()))
     }
@@ -175,7 +178,7 @@ impl Service {
         let stream = self.stream(group)?;
         let spec = match at.parse::<PointSpec>() {
             Ok(spec) => spec,
-            Err(_) => PointSpec::At(parse_time(at).map_err(|_| {
+            Err(_) => PointSpec::At(parse_time(at).map(last_shown_as).map_err(|_| {
                 Failure::usage(
                     format!("point {at:?}"),
                     "is none of latest, latest-app, bookmark:NAME, a point id (g1-i2-b345), an RFC 3339 time",
